@@ -1,0 +1,291 @@
+"""Noise-free evaluation on fixed seeds: success rate with a confidence interval, a row per episode.
+
+Knows neither policy nor simulator: ``act`` turns observations into action chunks, ``EvalEnv`` executes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+Observation = dict[str, Any]
+Act = Callable[[Observation], np.ndarray]
+FrameHook = Callable[[Sequence[int], Observation], None]
+CONFIDENCE = 0.95
+
+
+class EpisodeStats(Protocol):
+    """What an environment reports about an episode that ended."""
+
+    env: int
+    seed: int
+    return_: float
+    length: int
+    success: bool
+    max_height_m: float
+
+
+class ChunkResult(Protocol):
+    """The part of a chunk's result that evaluation reads."""
+
+    observation: Observation
+    rewards: np.ndarray  # (N, n)
+    active: np.ndarray  # (N, n) bool, False after an episode's end
+    episodes: Sequence[Any]  # EpisodeStats of the episodes that ended in this chunk
+
+
+class EvalEnv(Protocol):
+    """N environments made with autoreset=False: an ended episode stays ended until the next reset."""
+
+    num_envs: int
+
+    def reset(self, seeds: Sequence[int]) -> Observation: ...
+
+    def step_chunk(self, actions: np.ndarray) -> Any: ...  # ChunkResult
+
+
+class EvaluationError(RuntimeError):
+    """The environments do not behave as an evaluation needs."""
+
+
+def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval of a binomial proportion (Wilson 1927); unlike the normal one it stays within [0, 1].
+
+    Raises:
+        ValueError: not 0 <= successes <= n, n < 1, or confidence not within (0, 1).
+    """
+    if n < 1 or not 0 <= successes <= n or not 0 < confidence < 1:
+        raise ValueError(f"no interval for {successes} successes in {n} episodes at confidence {confidence}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate, spread = successes / n, z * z / n
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
+    # The ends are exactly 0 and 1 there; rounding must not say otherwise.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+@dataclass(frozen=True)
+class EpisodeRow:
+    """One evaluation episode."""
+
+    seed: int
+    success: bool
+    return_: float  # undiscounted
+    length: int  # control steps
+    max_height_m: float
+    max_reward: float  # of one control step
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Episodes in the order of their seeds, and what follows from them."""
+
+    episodes: tuple[EpisodeRow, ...]
+    elapsed_s: float
+    video_paths: list[str] = field(default_factory=list)
+
+    @property
+    def num_successes(self) -> int:
+        return sum(row.success for row in self.episodes)
+
+    @property
+    def success_rate(self) -> float:
+        return self.num_successes / len(self.episodes)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the success rate."""
+        return wilson_interval(self.num_successes, len(self.episodes))
+
+    @property
+    def return_mean(self) -> float:
+        return fmean(row.return_ for row in self.episodes)
+
+    @property
+    def length_mean(self) -> float:
+        return fmean(row.length for row in self.episodes)
+
+    @property
+    def max_height_mean(self) -> float:
+        return fmean(row.max_height_m for row in self.episodes)
+
+    def metrics(self) -> dict[str, float]:
+        """By the names of reinflow.tracking.METRICS."""
+        low, high = self.interval
+        return {
+            "eval/success_rate": self.success_rate,
+            "eval/ci_low": low,
+            "eval/ci_high": high,
+            "eval/return_mean": self.return_mean,
+            "eval/episode_length": self.length_mean,
+            "eval/max_height": self.max_height_mean,
+            "eval/episodes": float(len(self.episodes)),
+            "time/eval": self.elapsed_s,
+        }
+
+    def summary(self) -> str:
+        """One line: ``success 43.5 % (87/200), 95 % interval 36.8-50.4 %, ...``."""
+        low, high = self.interval
+        return (
+            f"success {100 * self.success_rate:.1f} % ({self.num_successes}/{len(self.episodes)}), 95 % interval "
+            f"{100 * low:.1f}-{100 * high:.1f} %, return {self.return_mean:.2f}, "
+            f"length {self.length_mean:.0f}, max height {100 * self.max_height_mean:.1f} cm, {self.elapsed_s:.0f} s"
+        )
+
+    def to_lerobot_info(self, task_group: str = "task", task_id: int = 0) -> dict[str, Any]:
+        """eval_info.json as lerobot-eval 0.6 writes it (per_task, per_group, overall), with more beside.
+
+        ``task_group`` and ``task_id`` name the task as LeRobot's benchmarks do; we have one. Added to its keys: ``per_episode`` rows (those of its ``eval_policy``, plus length and height) and, in
+        ``overall``, the interval of ``pc_success`` and the means of length and height. All percentages are 0-100.
+        """
+        n = len(self.episodes)
+        returns = [row.return_ for row in self.episodes]
+        max_rewards = [row.max_reward for row in self.episodes]
+        aggregates = {
+            "avg_sum_reward": self.return_mean,
+            "avg_max_reward": fmean(max_rewards),
+            "pc_success": 100 * self.success_rate,
+            "n_episodes": n,
+            "video_paths": list(self.video_paths),
+            "predicted_video_paths": [],
+        }
+        task_metrics = {
+            "sum_rewards": returns,
+            "max_rewards": max_rewards,
+            "successes": [row.success for row in self.episodes],
+            "video_paths": list(self.video_paths),
+            "predicted_video_paths": [],
+        }
+        extra = {
+            "pc_success_ci95": [100 * end for end in self.interval],
+            "avg_episode_length": self.length_mean,
+            "avg_max_height_m": self.max_height_mean,
+        }
+        timing = {"eval_s": self.elapsed_s, "eval_ep_s": self.elapsed_s / n}
+        return {
+            "per_task": [{"task_group": task_group, "task_id": task_id, "metrics": task_metrics}],
+            "per_group": {task_group: dict(aggregates)},
+            "overall": aggregates | timing | extra,
+            "per_episode": [_lerobot_row(i, row) for i, row in enumerate(self.episodes)],
+        }
+
+    def table(self) -> Table:
+        """A rich table with a row per episode."""
+        table = Table("seed", "success", "return", "length", "max height (cm)", title="episodes")
+        for row in self.episodes:
+            mark = "[green]yes[/]" if row.success else "no"
+            table.add_row(
+                str(row.seed), mark, f"{row.return_:.2f}", str(row.length), f"{100 * row.max_height_m:.1f}"
+            )  # fmt: skip
+        return table
+
+    def print(self, console: Console) -> None:
+        """The table and the summary."""
+        console.print(self.table())
+        console.print(self.summary(), highlight=False, soft_wrap=True)
+
+
+def _lerobot_row(index: int, row: EpisodeRow) -> dict[str, Any]:
+    values = asdict(row)
+    return {"episode_ix": index, "sum_reward": values.pop("return_"), **values}
+
+
+def write_eval_info(path: Path | str, info: Mapping[str, Any]) -> Path:
+    """Write eval_info.json."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def evaluate(
+    act: Act,
+    vector_env: EvalEnv,
+    seeds: Sequence[int],
+    frame_hook: FrameHook | None = None,
+    frame_interval: int = 0,
+) -> EvalResult:
+    """Play one episode per seed.
+
+    Args:
+        act: observation -> actions (N, n, A), deterministic.
+        vector_env: N environments with autoreset=False.
+        seeds: one per episode, any number of them; a last batch that is not full is padded with its own first
+            seed, and the padding's episodes are dropped.
+        frame_hook: called with the batch's seeds and the observation after every reset and every executed piece
+            of a chunk; rows beyond the seeds are padding.
+        frame_interval: control steps per piece, for videos smoother than one frame per chunk; 0 executes whole
+            chunks. Trajectories do not depend on it.
+
+    Raises:
+        ValueError: no seeds.
+        EvaluationError: an environment resets by itself, reports a foreign episode, or never ends one.
+    """
+    if not seeds:
+        raise ValueError("evaluation needs at least one seed")
+    start = time.perf_counter()
+    rows: list[EpisodeRow] = []
+    for first in range(0, len(seeds), vector_env.num_envs):
+        batch = list(seeds[first : first + vector_env.num_envs])
+        rows += _play_batch(act, vector_env, batch, frame_hook, frame_interval)
+    return EvalResult(tuple(rows), time.perf_counter() - start)
+
+
+def _play_batch(
+    act: Act, vector_env: EvalEnv, seeds: list[int], frame_hook: FrameHook | None, frame_interval: int
+) -> list[EpisodeRow]:
+    """One episode in each of the first len(seeds) environments."""
+    padded = seeds + [seeds[0]] * (vector_env.num_envs - len(seeds))
+    pending = set(range(len(seeds)))
+    rows: dict[int, EpisodeRow] = {}
+    max_rewards = np.full(len(padded), -np.inf)
+    observation = vector_env.reset(padded)
+    if frame_hook:
+        frame_hook(seeds, observation)
+    while pending:
+        for piece in _pieces(act(observation), frame_interval):
+            result: ChunkResult = vector_env.step_chunk(piece)
+            if not result.active[sorted(pending)].any():
+                raise EvaluationError(f"environments {sorted(pending)} neither run nor report the end of an episode")
+            max_rewards = np.maximum(max_rewards, np.where(result.active, result.rewards, -np.inf).max(axis=1))
+            observation = result.observation
+            if frame_hook:
+                frame_hook(seeds, observation)
+            for stats in result.episodes:
+                if stats.env in rows or stats.seed != padded[stats.env]:
+                    raise EvaluationError(
+                        f"environment {stats.env} ended an episode of seed {stats.seed} besides its own of seed "
+                        f"{padded[stats.env]}: make the vector env with autoreset=False"
+                    )
+                rows[stats.env] = _row(stats, max_rewards[stats.env])
+            pending -= rows.keys()
+            if not pending:
+                break
+    return [rows[env] for env in range(len(seeds))]
+
+
+def _pieces(actions: np.ndarray, interval: int) -> list[np.ndarray]:
+    """(N, n, A) cut along its control steps."""
+    interval = interval or actions.shape[1]
+    return [actions[:, start : start + interval] for start in range(0, actions.shape[1], interval)]
+
+
+def _row(stats: EpisodeStats, max_reward: float) -> EpisodeRow:
+    return EpisodeRow(
+        seed=int(stats.seed),
+        success=bool(stats.success),
+        return_=float(stats.return_),
+        length=int(stats.length),
+        max_height_m=float(stats.max_height_m),
+        max_reward=float(max_reward),
+    )

@@ -1,0 +1,241 @@
+"""The denoising chain of a flow-matching policy as a Markov chain: sampled and scored by one kernel.
+
+Direction of time: ``flow_time`` runs from 1 (noise) to 0 (action), ``v = noise - action`` and ``dt = -1/K``, as in
+LeRobot's SmolVLA and Pi0. The ReinFlow paper (arXiv 2505.22094) counts the other way round.
+
+Dimensions, here and everywhere in this package:
+
+    N environments      T chunk steps per rollout   B batch of decisions    K denoising steps
+    H chunk_size        n executed actions (n_action_steps <= H)            A / D real / padded action dims
+    F features          M noise coordinates per joint along the chunk       G ratio groups
+
+The transition is ``x_{k+1} = x_k + dt * v(x_k) + basis @ (std * eps)`` on the A real action dims, ``eps ~ N(0, I)``
+of shape (M, A). With ``noise_basis="white"`` the basis is the identity (M = n): every executed action gets its own
+noise, as in the paper. With ``"dct"`` it holds the M lowest cosines of the chunk's time axis (orthonormal), so that
+exploration is smooth and has M * A random dimensions instead of n * A.
+
+What is scored: the coordinates ``basis.T @ (x_{k+1} - mean)``, which are exactly the random variables that were
+drawn, under the Gaussian they were drawn from. What is not: the padded dims and, for "dct", the part of the chunk
+that is orthogonal to the basis. Both are deterministic functions of (x_k, observation), so they carry no probability;
+x_k itself is conditioned on as it was stored, padded dims included. For "dct" the gradient is therefore the policy
+gradient of the low-frequency action, with the high-frequency rest treated as part of the environment.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reinflow.policy import Context, FlowPolicy
+
+Reduction = Literal["chunk", "action", "dim", "mean"]
+NoiseBasis = Literal["white", "dct"]
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """What defines the chain's distribution beside the policy's weights; it travels in every checkpoint.
+
+    Attributes:
+        num_denoising_steps: K, Euler steps from noise to action.
+        reduction: how per-coordinate log-probs become ratios. ``chunk``: one sum; ``action``: one per control step
+            (or per cosine), summed over joints and K; ``dim``: one per coordinate, summed over K; ``mean``: one sum
+            divided by (K + 1) * M * A, the paper's.
+        noise_basis: ``white`` or ``dct``.
+        num_noise_coefficients: M for ``dct``; ignored for ``white``.
+        noise_last_step_only: draw noise in the last denoising step only; the earlier ones are deterministic.
+    """
+
+    num_denoising_steps: int
+    reduction: Reduction = "chunk"
+    noise_basis: NoiseBasis = "white"
+    num_noise_coefficients: int = 5
+    noise_last_step_only: bool = False
+
+    def num_coordinates(self, n: int) -> int:
+        """M for a chunk of n executed actions."""
+        return n if self.noise_basis == "white" else min(self.num_noise_coefficients, n)
+
+    def noisy_steps(self) -> range:
+        """Indices k of the denoising steps that draw noise."""
+        first = self.num_denoising_steps - 1 if self.noise_last_step_only else 0
+        return range(first, self.num_denoising_steps)
+
+
+class Transition(NamedTuple):
+    """N(mean, basis diag(std^2) basis^T) over x_{k+1}."""
+
+    mean: Tensor  # (B, n, D)
+    std: Tensor  # (B, M, A)
+
+
+class ChainSample(NamedTuple):
+    """One sampled denoising chain per row."""
+
+    chain: Tensor  # (B, K+1, n, D), from noise to action
+    log_prob: Tensor  # (B, G)
+    noise_std: Tensor  # (B,) mean std of the row's noise
+
+
+class ChainScore(NamedTuple):
+    """Log-probabilities of stored chains under the current weights."""
+
+    log_prob: Tensor  # (B, G)
+    entropy: Tensor  # (B,) mean entropy of one noise coordinate
+    noise_std: Tensor  # (B,)
+
+
+def dct_basis(n: int, m: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """Orthonormal DCT-II basis: the m lowest cosines over n control steps, shape (n, m)."""
+    steps = torch.arange(n, dtype=torch.float64) + 0.5
+    columns = torch.cos(math.pi / n * steps[:, None] * torch.arange(m, dtype=torch.float64))
+    columns *= math.sqrt(2.0 / n)
+    columns[:, 0] *= math.sqrt(0.5)
+    return columns.to(dtype=dtype, device=device)
+
+
+def _to_coordinates(delta: Tensor, spec: ChainSpec) -> Tensor:
+    """Noise coordinates (..., M, A) of a displacement (..., n, A)."""
+    if spec.noise_basis == "white":
+        return delta
+    basis = dct_basis(delta.shape[-2], spec.num_coordinates(delta.shape[-2]), dtype=delta.dtype, device=delta.device)
+    return basis.T @ delta
+
+
+def _from_coordinates(coordinates: Tensor, n: int, spec: ChainSpec) -> Tensor:
+    """Displacement (..., n, A) of noise coordinates (..., M, A)."""
+    if spec.noise_basis == "white":
+        return coordinates
+    return dct_basis(n, coordinates.shape[-2], dtype=coordinates.dtype, device=coordinates.device) @ coordinates
+
+
+def time_grid(num_denoising_steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """Flow time at which each step starts, (K,): 1, 1 - 1/K, ..., 1/K, as LeRobot's Euler sampler rounds it."""
+    dt = -1.0 / num_denoising_steps
+    return torch.tensor([1.0 + k * dt for k in range(num_denoising_steps)], dtype=torch.float32, device=device)
+
+
+def transition(policy: FlowPolicy, context: Context, x_t: Tensor, time: Tensor, spec: ChainSpec) -> Transition:
+    """The one kernel: the distribution of x_{k+1} given x_k. Nothing is clamped.
+
+    Args:
+        policy: supplies velocity and noise std.
+        context: encoded observations, leading dim B.
+        x_t: (B, n, D) noised actions.
+        time: (B,) flow time of every row.
+        spec: the chain's definition.
+    """
+    velocity, features = policy.velocity(context, x_t, time)
+    mean = x_t + (-1.0 / spec.num_denoising_steps) * velocity
+    std = policy.noise_std(features)  # (B, n, A)
+    if spec.noise_basis == "dct":
+        std = std.mean(dim=1, keepdim=True).expand(-1, spec.num_coordinates(x_t.shape[1]), -1)
+    return Transition(mean, std)
+
+
+def _coordinate_log_prob(coordinates: Tensor, std: Tensor) -> Tensor:
+    """log N(coordinates; 0, std^2), elementwise."""
+    return -0.5 * (coordinates / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def _reduce(log_probs: Tensor, spec: ChainSpec) -> Tensor:
+    """(B, K', M, A) per-coordinate log-probs -> (B, G) by the spec's reduction."""
+    per_coordinate = log_probs.sum(dim=1)  # (B, M, A)
+    if spec.reduction == "dim":
+        return per_coordinate.flatten(1)
+    if spec.reduction == "action":
+        return per_coordinate.sum(dim=2)
+    total = per_coordinate.sum(dim=(1, 2))[:, None]
+    if spec.reduction == "mean":
+        return total / ((spec.num_denoising_steps + 1) * per_coordinate[0].numel())
+    return total
+
+
+def group_mask(active: Tensor, action_dim: int, spec: ChainSpec) -> Tensor:
+    """Which ratio groups count, (B, G) bool.
+
+    An action after the end of an episode was never executed. With white noise its ratio group is dropped; a cosine
+    or a whole-chunk group always counts, since part of it was executed.
+
+    Args:
+        active: (B, n) bool, the control steps that were executed.
+        action_dim: A.
+        spec: the chain's definition.
+    """
+    batch, n = active.shape
+    per_coordinate = active if spec.noise_basis == "white" else active.new_ones(batch, spec.num_coordinates(n))
+    if spec.reduction == "action":
+        return per_coordinate
+    if spec.reduction == "dim":
+        return per_coordinate.repeat_interleave(action_dim, dim=1)
+    return active.new_ones(batch, 1)
+
+
+@torch.no_grad()
+def sample_chain(
+    policy: FlowPolicy,
+    context: Context,
+    spec: ChainSpec,
+    initial_noise: Tensor,
+    generator: torch.Generator | None = None,
+    deterministic: bool = False,
+) -> ChainSample:
+    """Denoise ``initial_noise`` (B, n, D) in K steps.
+
+    Args:
+        policy: the acting policy.
+        context: encoded observations, leading dim B.
+        spec: the chain's definition.
+        initial_noise: (B, n, D) standard normal, x_0.
+        generator: source of the exploration noise.
+        deterministic: leave the exploration noise out: LeRobot's own Euler sampler. ``log_prob`` is then zero.
+    """
+    x_t, states, log_probs, stds = initial_noise, [initial_noise], [], []
+    action_dim, batch = policy.action_dim, initial_noise.shape[0]
+    times = time_grid(spec.num_denoising_steps, initial_noise.device)
+    for k in range(spec.num_denoising_steps):
+        step = transition(policy, context, x_t, times[k].expand(batch), spec)
+        x_t = step.mean
+        if not deterministic and k in spec.noisy_steps():
+            eps = torch.randn(step.std.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+            x_t = x_t.clone()
+            x_t[..., :action_dim] += _from_coordinates(step.std * eps, x_t.shape[1], spec)
+            # Scored from the stored state, not from eps: the update will see only the stored state.
+            delta = x_t[..., :action_dim] - step.mean[..., :action_dim]
+            log_probs.append(_coordinate_log_prob(_to_coordinates(delta, spec), step.std))
+            stds.append(step.std.mean(dim=(1, 2)))
+        states.append(x_t)
+    chain = torch.stack(states, dim=1)
+    if not log_probs:
+        zero = chain.new_zeros(batch, 1)
+        return ChainSample(chain, zero, zero[:, 0])
+    return ChainSample(chain, _reduce(torch.stack(log_probs, 1), spec), torch.stack(stds).mean(0))
+
+
+def chain_log_prob(policy: FlowPolicy, context: Context, chain: Tensor, spec: ChainSpec) -> ChainScore:
+    """Score stored chains (B, K+1, n, D) with gradient, all noisy steps folded into one batch.
+
+    Args:
+        policy: the policy being updated.
+        context: the encoded observations stored at sampling time.
+        chain: the stored denoising states.
+        spec: the chain's definition, the same as at sampling.
+    """
+    steps = spec.noisy_steps()
+    batch, repeats = chain.shape[0], len(steps)
+    x_t = chain[:, steps.start : steps.stop].flatten(0, 1)  # (B*K', n, D)
+    x_next = chain[:, steps.start + 1 : steps.stop + 1].flatten(0, 1)
+    time = time_grid(spec.num_denoising_steps, chain.device)[steps.start :].repeat(batch)
+    folded = context if repeats == 1 else {k: v.repeat_interleave(repeats, dim=0) for k, v in context.items()}
+    step = transition(policy, folded, x_t, time, spec)
+    action_dim = policy.action_dim
+    delta = x_next[..., :action_dim] - step.mean[..., :action_dim]
+    log_probs = _coordinate_log_prob(_to_coordinates(delta, spec), step.std)
+    shape = (batch, repeats, *log_probs.shape[1:])
+    std = step.std.reshape(shape)
+    entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).mean(dim=(1, 2, 3))
+    return ChainScore(_reduce(log_probs.reshape(shape), spec), entropy, std.detach().mean(dim=(1, 2, 3)))

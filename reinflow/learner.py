@@ -1,0 +1,296 @@
+"""One PPO update over a rollout: targets, ratio guard, policy steps with KL control, critic steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reinflow import ppo
+from reinflow.flow import ChainSpec, chain_log_prob, group_mask
+from reinflow.policy import Context, FlowPolicy
+from reinflow.rollout import RolloutBuffer
+
+RATIO_TOLERANCE = 1e-4
+OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
+KL_SAMPLE = 256  # decisions on which the KL is measured after every optimiser step
+
+
+class RatioGuardError(RuntimeError):
+    """The policy that is about to be updated does not give the log-probs it acted with."""
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """Everything the update needs; the defaults live in TrainingConfig, which says why under each."""
+
+    policy_lr: float
+    critic_lr: float
+    clip_epsilon: float
+    target_kl: float
+    undo_overshoot: bool
+    num_ppo_epochs: int
+    num_critic_epochs: int
+    minibatch_size: int
+    gradient_accumulation_steps: int
+    gae_lambda: float
+    value_clip_epsilon: float
+    entropy_coeff: float
+    grad_clip_norm: float
+
+    @property
+    def batch_size(self) -> int:
+        """Decisions that every optimiser step sees."""
+        return self.minibatch_size * self.gradient_accumulation_steps
+
+
+@dataclass
+class Decisions:
+    """A flattened rollout, B = T * N decisions."""
+
+    context: Context
+    chain: Tensor  # (B, K+1, n, D)
+    log_prob: Tensor  # (B, G)
+    mask: Tensor  # (B, G) bool
+    advantage: Tensor  # (B,) normalised over the rollout
+    value: Tensor  # (B,) at sampling time, in normalised return units
+    target: Tensor  # (B,) normalised returns
+
+    def __len__(self) -> int:
+        return len(self.advantage)
+
+    def __getitem__(self, rows: Tensor) -> Decisions:
+        context = {name: tensor[rows] for name, tensor in self.context.items()}
+        rest = (self.chain, self.log_prob, self.mask, self.advantage, self.value, self.target)
+        return Decisions(context, *(tensor[rows] for tensor in rest))
+
+
+def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches of exactly ``batch`` rows from ``epochs`` shuffled passes over ``num`` rows.
+
+    Passes are joined before they are cut, so that no optimiser step gets a short batch; fewer than ``batch`` rows
+    are left over at the very end.
+    """
+    stream = torch.cat([torch.randperm(num, generator=generator) for _ in range(epochs)])
+    for start in range(0, len(stream) - batch + 1, batch):
+        yield stream[start : start + batch]
+
+
+class PPOLearner:
+    """Owns both optimisers and the return normaliser; ``update`` turns a rollout into new weights."""
+
+    def __init__(self, policy: FlowPolicy, spec: ChainSpec, settings: LearnerSettings, seed: int):
+        self.policy, self.spec, self.settings = policy, spec, settings
+        self.normalizer = ppo.ReturnNormalizer()
+        self.policy_optimizer = torch.optim.Adam(policy.policy_parameters(), lr=settings.policy_lr, eps=1e-5)
+        self.critic_optimizer = torch.optim.Adam(policy.critic_parameters(), lr=settings.critic_lr, eps=1e-5)
+        self.generator = torch.Generator().manual_seed(seed)  # shuffling; on the CPU for every device
+        self.lr_scale = 1.0  # halved by every step that had to be undone, recovers slowly
+
+    def update(self, buffer: RolloutBuffer, lr_factor: float = 1.0, critic_only: bool = False) -> dict[str, float]:
+        """One iteration's update.
+
+        Args:
+            buffer: the rollout, sampled by the current weights.
+            lr_factor: warm-up factor on the policy's learning rate.
+            critic_only: leave the policy as it is (critic warm-up, on the same targets).
+
+        Returns:
+            Metrics by the names of reinflow.tracking.METRICS.
+
+        Raises:
+            RatioGuardError: the weights do not reproduce the rollout's log-probs.
+        """
+        lr = 0.0 if critic_only else self.settings.policy_lr * lr_factor * self.lr_scale
+        for group in self.policy_optimizer.param_groups:
+            group["lr"] = lr
+        data, metrics = self._targets(buffer)
+        metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
+        if not critic_only:
+            metrics |= self._update_policy(data)
+        return metrics | self._update_critic(data)
+
+    def _targets(self, buffer: RolloutBuffer) -> tuple[Decisions, dict[str, float]]:
+        """GAE on [T, N], then flatten."""
+        advantages, returns = ppo.compute_gae(
+            buffer.reward, buffer.value, buffer.next_value, buffer.terminated, buffer.truncated, buffer.discount,
+            self.settings.gae_lambda,
+        )  # fmt: skip
+        metrics = {
+            "ppo/explained_variance": float(ppo.explained_variance(buffer.value, returns)),
+            "critic/return_mean": returns.mean().item(),
+            "critic/return_std": returns.std().item(),
+            "critic/advantage_std": advantages.std().item(),
+        }
+        self.normalizer.update(returns)
+        active = buffer.active.flatten(0, 1)
+        return Decisions(
+            context={name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()},
+            chain=buffer.chain.flatten(0, 1),
+            log_prob=buffer.log_prob.flatten(0, 1),
+            mask=group_mask(active, self.policy.action_dim, self.spec),
+            advantage=ppo.normalize_advantages(advantages.flatten()),
+            value=self.normalizer.normalize(buffer.value.flatten()),
+            target=self.normalizer.normalize(returns.flatten()),
+        ), metrics
+
+    @torch.no_grad()
+    def _guard_ratio(self, data: Decisions) -> dict[str, float]:
+        """Before the first optimiser step the ratio must be 1: the same kernel, weights and cached prefix."""
+        part = data[torch.arange(min(self.settings.minibatch_size, len(data)))]
+        score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
+        error = (score.log_prob - part.log_prob).exp().sub(1).abs().max().item()
+        if not error <= RATIO_TOLERANCE:
+            raise RatioGuardError(self._name_the_cause(error, score.log_prob, part.log_prob))
+        dims = part.log_prob.shape[1]
+        coordinates = len(self.spec.noisy_steps()) * self.policy.action_dim * self.spec.num_coordinates(
+            self.policy.n_action_steps
+        )
+        total = part.log_prob.sum(1).mean().item()
+        if self.spec.reduction == "mean":
+            total *= (self.spec.num_denoising_steps + 1) * coordinates / len(self.spec.noisy_steps())
+        return {
+            "ppo/ratio_error_before_update": error,
+            "logprob/per_dimension": total / coordinates,
+            "logprob/groups": float(dims),
+        }
+
+    def _name_the_cause(self, error: float, new: Tensor, old: Tensor) -> str:
+        if not (torch.isfinite(new).all() and torch.isfinite(old).all()):
+            cause = "a log-prob is not finite: the weights or observations hold NaN or infinity"
+        elif (new.dtype, old.dtype) != (torch.float32, torch.float32):
+            cause = f"log-probs are {old.dtype} when acting and {new.dtype} when updating; both must be float32"
+        elif any(getattr(m, "training", False) for m in [self.policy]):
+            cause = "the policy is in training mode (dropout?); it must be in eval mode for acting and updating"
+        else:
+            cause = (
+                "acting and updating do not see the same thing: weights or noise bounds changed after the rollout, "
+                "or the context does not hold everything that the velocity depends on"
+            )
+        return f"ratio is off 1 by {error:.2e} (allowed {RATIO_TOLERANCE:.0e}) before the first optimiser step: {cause}"
+
+    def _update_policy(self, data: Decisions) -> dict[str, float]:
+        """PPO epochs until done or until a step's KL exceeds ``target_kl``."""
+        s, log = self.settings, _MeanLog()
+        kl_rows = torch.randperm(len(data), generator=self.generator)[:KL_SAMPLE]
+        kl_data, kl, steps, stopped, undone = data[kl_rows], 0.0, 0, False, False
+        for rows in full_batches(len(data), s.batch_size, s.num_ppo_epochs, self.generator):
+            snapshot = self._snapshot() if s.undo_overshoot else None
+            log.add(self._policy_step(data, rows))
+            kl, steps = self._measure_kl(kl_data), steps + 1
+            stopped = s.target_kl > 0 and not kl <= s.target_kl
+            undone = stopped and snapshot is not None and not kl <= OVERSHOOT * s.target_kl
+            if undone:
+                self._restore(snapshot)
+            if stopped:
+                break
+        # Restored weights and moments would repeat the same step: only a smaller one can get anywhere.
+        self.lr_scale = self.lr_scale * 0.5 if undone else min(1.0, self.lr_scale * 1.1)
+        return log.means() | {
+            "ppo/approx_kl": kl,
+            "ppo/optimizer_steps": float(steps),
+            "ppo/epochs_done": steps * s.batch_size / len(data),
+            "ppo/early_stopped": float(stopped),
+            "ppo/steps_undone": float(undone),
+        }
+
+    def _policy_step(self, data: Decisions, rows: Tensor) -> dict[str, float]:
+        """One optimiser step on the whole batch ``rows``, accumulated over minibatches."""
+        s, log = self.settings, _MeanLog()
+        self.policy_optimizer.zero_grad(set_to_none=True)
+        for part_rows in rows.split(s.minibatch_size):
+            part = data[part_rows]
+            score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
+            loss, info = ppo.policy_loss(score.log_prob, part.log_prob, part.advantage, s.clip_epsilon, part.mask)
+            entropy = score.entropy.mean()
+            ((loss - s.entropy_coeff * entropy) * (len(part_rows) / len(rows))).backward()
+            log.add({
+                "loss/policy": loss.item(),
+                "loss/entropy": entropy.item(),
+                "logprob/new_mean": score.log_prob.detach().mean().item(),
+                "noise/std_mean": score.noise_std.mean().item(),
+                "training/clip_fraction": float(info["clip_fraction"]),
+                "ppo/ratio_mean": float(info["ratio_mean"]),
+            })  # fmt: skip
+            log.extreme("ppo/ratio_min", float(info["ratio_min"]), min)
+            log.extreme("ppo/ratio_max", float(info["ratio_max"]), max)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.policy_parameters(), s.grad_clip_norm).item()
+        self.policy_optimizer.step()
+        return log.means() | {
+            "gradients/policy_norm": norm,
+            "gradients/policy_clipped": float(norm > s.grad_clip_norm),
+        }
+
+    @torch.no_grad()
+    def _measure_kl(self, data: Decisions) -> float:
+        """approx_kl of the current weights against the acting ones."""
+        total = 0.0
+        for rows in torch.arange(len(data)).split(self.settings.minibatch_size):
+            part = data[rows]
+            score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
+            _, info = ppo.policy_loss(
+                score.log_prob, part.log_prob, part.advantage, self.settings.clip_epsilon, part.mask
+            )
+            total += float(info["approx_kl"]) * len(rows)
+        return total / len(data)
+
+    def _snapshot(self) -> tuple[list[Tensor], dict]:
+        weights = [p.detach().clone() for p in self.policy.policy_parameters()]
+        return weights, copy.deepcopy(self.policy_optimizer.state_dict())
+
+    @torch.no_grad()
+    def _restore(self, snapshot: tuple[list[Tensor], dict] | None) -> None:
+        assert snapshot is not None
+        for parameter, saved in zip(self.policy.policy_parameters(), snapshot[0], strict=True):
+            parameter.copy_(saved)
+        self.policy_optimizer.load_state_dict(snapshot[1])
+
+    def _update_critic(self, data: Decisions) -> dict[str, float]:
+        """Value regression for all epochs; it shares no parameter with the policy and needs no KL stop."""
+        s, log = self.settings, _MeanLog()
+        parameters = self.policy.critic_parameters()
+        if not parameters:
+            return {}
+        for rows in full_batches(len(data), s.batch_size, s.num_critic_epochs, self.generator):
+            context = {name: tensor[rows] for name, tensor in data.context.items() if name in self._critic_inputs(data)}
+            values = self.policy.value(context)
+            loss, _ = ppo.value_loss(values, data.value[rows], data.target[rows], s.value_clip_epsilon)
+            self.critic_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip_norm).item()
+            self.critic_optimizer.step()
+            log.add({
+                "loss/value": loss.item(),
+                "gradients/critic_norm": norm,
+                "gradients/critic_clipped": float(norm > s.grad_clip_norm),
+            })  # fmt: skip
+        return log.means()
+
+    def _critic_inputs(self, data: Decisions) -> set[str]:
+        """Names of the context tensors that ``value`` reads; all of them unless the policy says which."""
+        return set(getattr(self.policy, "critic_inputs", data.context.keys()))
+
+
+class _MeanLog:
+    """Means (and extremes) of metrics over the steps of one update."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._extremes: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if name in ("ppo/ratio_min", "ppo/ratio_max"):
+                self.extreme(name, value, min if name.endswith("min") else max)
+                continue
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def extreme(self, name: str, value: float, pick) -> None:
+        self._extremes[name] = pick(value, self._extremes.get(name, value))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items()} | self._extremes

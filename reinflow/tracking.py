@@ -1,0 +1,352 @@
+"""Metrics to the console, to metrics.jsonl and to Weights & Biases; each can be off.
+
+Every sink has the methods of ``Sink``, which do nothing: what is off is a plain Sink, not an ``if``. METRICS is the
+one table of names: logging an unknown one is an error, so that every number has an explanation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self, SupportsFloat
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Metrics = Mapping[str, SupportsFloat]
+SUCCESS = "rollout/success_recent"
+REWARD_FAMILY = "reward/"
+METRICS_FILE = "metrics.jsonl"
+
+METRICS: dict[str, str] = {
+    "progress/episodes": "Training episodes completed; the x axis of every other metric.",
+    "progress/iteration": "Iterations completed.",
+    "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
+    "rollout/success_recent": "The same over the last 200 training episodes: the success so far of the live line.",
+    "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",
+    "rollout/episode_length": "Mean control steps per episode.",
+    "rollout/max_height": "Mean over episodes of the block's greatest height, metres.",
+    "rollout/clipped_targets": "Joint targets per episode that lay beyond a joint limit and were clipped.",
+    "reward/<term>": "Mean over episodes of one reward term, summed over the episode; the terms add up to the return.",
+    "logprob/new_mean": "Mean log-prob of a ratio group under the weights being trained. Positive for small noise.",
+    "logprob/per_dimension": "Log-prob per noise coordinate; about -log(sigma) - 1.42 while the policy is unchanged.",
+    "logprob/groups": "Ratio groups per decision (G), set by the log-prob reduction.",
+    "training/clip_fraction": "Share of ratios outside 1 +- clip_epsilon. Healthy: 0.05 to 0.3.",
+    "ppo/ratio_min": "Smallest ratio of new to old probability seen in the iteration's updates.",
+    "ppo/ratio_max": "Largest such ratio.",
+    "ppo/ratio_mean": "Mean ratio; far from 1 means the old data no longer tells about the new policy.",
+    "ppo/approx_kl": "KL(old || new) per ratio group after the last policy step (k3 estimator).",
+    "ppo/ratio_error_before_update": "Largest |ratio - 1| before the first policy step; the guard stops above 1e-4.",
+    "ppo/explained_variance": "1 - Var[return - value] / Var[return] before the update: 1 is a perfect critic.",
+    "ppo/epochs_done": "Passes over the rollout that the policy made before it stopped.",
+    "ppo/optimizer_steps": "Optimiser steps of the policy.",
+    "ppo/early_stopped": "1 if the KL limit ended the policy's updates early.",
+    "ppo/steps_undone": "Policy steps taken back because their KL overshot the limit.",
+    "loss/policy": "Clipped surrogate loss, mean over the iteration's updates.",
+    "loss/value": "Half mean squared error of the value in normalised returns.",
+    "loss/entropy": "Mean entropy of one noise coordinate.",
+    "gradients/policy_norm": "Policy gradient norm before clipping.",
+    "gradients/critic_norm": "Critic gradient norm before clipping.",
+    "gradients/policy_clipped": "Share of policy steps whose gradient was clipped.",
+    "gradients/critic_clipped": "Share of critic steps whose gradient was clipped.",
+    "critic/return_mean": "Mean GAE target, in reward units.",
+    "critic/return_std": "Standard deviation of the GAE targets, in reward units.",
+    "critic/advantage_std": "Standard deviation of the advantages before normalisation, in reward units.",
+    "noise/std_mean": "Mean exploration std, in normalised action units.",
+    "noise/sigma_min": "Lower bound of the exploration std.",
+    "noise/sigma_max": "Upper bound of the exploration std, as scheduled.",
+    "lr/policy": "Learning rate of the policy; 0 during critic warm-up.",
+    "lr/critic": "Learning rate of the critic.",
+    "eval/success_rate": "Share of noise-free episodes on fixed seeds that succeeded: the result.",
+    "eval/ci_low": "Lower end of its 95 % Wilson interval.",
+    "eval/ci_high": "Upper end of its 95 % Wilson interval.",
+    "eval/return_mean": "Mean undiscounted return of the evaluation episodes.",
+    "eval/episode_length": "Mean control steps per evaluation episode.",
+    "eval/max_height": "Mean over evaluation episodes of the block's greatest height, metres.",
+    "eval/episodes": "Number of evaluation episodes.",
+    "time/rollout": "Seconds of the iteration's rollout.",
+    "time/env": "Seconds of it in the environments.",
+    "time/policy": "Seconds of it in the policy.",
+    "time/update": "Seconds of the iteration's update.",
+    "time/eval": "Seconds of the evaluation.",
+    "time/iteration": "Seconds of the whole iteration.",
+}
+
+
+class TrackingError(RuntimeError):
+    """A metric is unknown, or a tracker cannot be started; the message says what to do."""
+
+
+def metrics_markdown() -> str:
+    """METRICS as a markdown table."""
+    rows = [f"| `{name}` | {explanation} |" for name, explanation in METRICS.items()]
+    return "\n".join(["| metric | meaning |", "|---|---|", *rows]) + "\n"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a TrackingError that names every metric METRICS does not explain."""
+    unknown = [name for name in names if name not in METRICS and not name.startswith(REWARD_FAMILY)]
+    if unknown:
+        raise TrackingError(f"unknown metrics {unknown}: add them to reinflow.tracking.METRICS with an explanation")
+
+
+class TrackingConfig(Protocol):
+    """What tracking reads of a training configuration (a dataclass, shown by wandb as a whole)."""
+
+    @property
+    def num_episodes(self) -> int: ...
+    @property
+    def wandb_enabled(self) -> bool: ...
+    @property
+    def wandb_mode(self) -> Literal["online", "offline"]: ...
+    @property
+    def wandb_project(self) -> str: ...
+
+
+class Sink:
+    """Where metrics go; this one drops them."""
+
+    run_id: str | None = None
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Take one iteration's metrics, ``progress/episodes`` among them."""
+
+    def progress(self, episodes: int) -> None:
+        """Take the number of episodes done within an iteration."""
+
+    def message(self, text: str) -> None:
+        """Take a line for the user."""
+
+    def close(self, failed: bool) -> None:
+        """Flush and release everything; ``failed`` if an error ended the run."""
+
+
+class PlainConsole(Sink):
+    """One readable line per iteration, for logs and pipes."""
+
+    def __init__(self, console: Console, num_episodes: int, episodes_done: int) -> None:
+        self.console, self.num_episodes, self.first_episode = console, num_episodes, episodes_done
+        self.start = time.monotonic()
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self.console.print(self._line(metrics), highlight=False, markup=False, soft_wrap=True)
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self, metrics: Mapping[str, float]) -> str:
+        parts = [f"episodes {metrics['progress/episodes']:,.0f}/{self.num_episodes:,}"]
+        for name, template in (
+            ("progress/iteration", "iteration {:.0f}"),
+            (SUCCESS, "success {:.1%}"),
+            ("rollout/return_mean", "return {:.2f}"),
+            ("ppo/approx_kl", "KL {:.4f}"),
+            ("training/clip_fraction", "clipped {:.0%}"),
+            ("ppo/explained_variance", "EV {:.2f}"),
+            ("noise/std_mean", "noise {:.3f}"),
+            ("time/iteration", "{:.1f} s"),
+        ):
+            if name in metrics:
+                parts.append(template.format(metrics[name]))
+        parts.append(f"ETA {self._eta(metrics['progress/episodes'])}")
+        if {"eval/success_rate", "eval/ci_low", "eval/ci_high"} <= metrics.keys():
+            rate, low, high = (metrics[f"eval/{name}"] for name in ("success_rate", "ci_low", "ci_high"))
+            parts.append(f"eval {rate:.1%} [{low:.1%}, {high:.1%}]")
+        return "  ".join(parts)
+
+    def _eta(self, episodes: float) -> str:
+        """Time left at this session's pace."""
+        done = episodes - self.first_episode
+        if done <= 0:
+            return "?"
+        seconds = (time.monotonic() - self.start) / done * max(self.num_episodes - episodes, 0)
+        return str(timedelta(seconds=round(seconds)))
+
+
+class LiveConsole(PlainConsole):
+    """The same lines above a live bar: episodes, success, KL, elapsed and remaining time."""
+
+    def __init__(self, console: Console, num_episodes: int, episodes_done: int) -> None:
+        super().__init__(console, num_episodes, episodes_done)
+        self.bar = Progress(
+            TextColumn("episodes"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console, speed_estimate_period=300,
+        )  # fmt: skip
+        self.status = {"success": "-", "KL": "-"}
+        self.task = self.bar.add_task("", total=num_episodes, completed=episodes_done, status=self._status())
+        self.bar.start()
+
+    def _status(self) -> str:
+        return "  ".join(f"{name} {value}" for name, value in self.status.items())
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        super().log(metrics)
+        for name, label, template in (
+            (SUCCESS, "success", "{:.1%}"),
+            ("ppo/approx_kl", "KL", "{:.4f}"),
+            ("eval/success_rate", "eval", "{:.1%}"),
+        ):
+            if name in metrics:
+                self.status[label] = template.format(metrics[name])
+        self.progress(int(metrics["progress/episodes"]))
+
+    def progress(self, episodes: int) -> None:
+        self.bar.update(self.task, completed=episodes, status=self._status())
+
+    def close(self, failed: bool) -> None:
+        self.bar.stop()
+
+
+class JsonlSink(Sink):
+    """metrics.jsonl: one JSON object per log call, flushed at once. A value that is not finite becomes null."""
+
+    def __init__(self, run_dir: Path, episodes_done: int) -> None:
+        path = run_dir / METRICS_FILE
+        if path.exists():
+            truncate_metrics(path, episodes_done)
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self, failed: bool) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path | str) -> list[dict[str, float | None]]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def truncate_metrics(path: Path, episodes: int) -> None:
+    """Drop the lines after ``episodes``, which the resumed run will write again; atomically."""
+    kept = [line for line in read_metrics(path) if (line["progress/episodes"] or 0) <= episodes]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class WandbSink(Sink):
+    """A Weights & Biases run, over ``progress/episodes`` so that a resumed run draws over what it repeats."""
+
+    def __init__(self, config: TrackingConfig, run_dir: Path, run_id: str | None) -> None:
+        import wandb  # here: its import takes a second and no other sink needs it
+
+        try:
+            self.run = wandb.init(
+                project=config.wandb_project,
+                name=run_dir.resolve().name,
+                dir=str(run_dir),
+                config=dataclasses.asdict(config),  # type: ignore[call-overload]  # a protocol cannot say "dataclass"
+                mode=config.wandb_mode,
+                id=run_id,
+                # "must" would refuse to go on with a run that has been offline so far.
+                resume="allow" if run_id else None,
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            raise TrackingError(
+                f"Weights & Biases did not start: {error}. Log in with `wandb login`, write to disk with "
+                "--wandb-mode offline (then `wandb sync`), or turn it off with --no-wandb"
+            ) from error
+        self.run_id = str(self.run.id)
+        self.run.define_metric("progress/episodes")
+        self.run.define_metric("*", step_metric="progress/episodes")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics))
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+class Tracker:
+    """Sends checked metrics to every sink. A context manager: leaving it closes the sinks."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = list(sinks)
+
+    @classmethod
+    def open(
+        cls,
+        config: TrackingConfig,
+        run_dir: Path | str,
+        episodes_done: int,
+        wandb_id: str | None,
+        console: Console | None = None,
+    ) -> Tracker:
+        """A tracker with console, metrics.jsonl and, if enabled, Weights & Biases.
+
+        Args:
+            config: the run's settings.
+            run_dir: run directory; made if missing.
+            episodes_done: training episodes at the checkpoint that the run resumes from, 0 for a new run; later
+                lines of metrics.jsonl are dropped, as the run will write them again.
+            wandb_id: Weights & Biases run to go on with; None starts one. Save ``Tracker.wandb_id`` in checkpoints.
+            console: where to print; stdout by default. A terminal gets a live bar, anything else plain lines.
+
+        Raises:
+            TrackingError: Weights & Biases cannot be started.
+        """
+        run_dir, console = Path(run_dir), console or Console()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        wandb = WandbSink(config, run_dir, wandb_id) if config.wandb_enabled else Sink()
+        jsonl = JsonlSink(run_dir, episodes_done)
+        # The live bar last: it must not be drawn when another sink fails to start.
+        style = LiveConsole if console.is_terminal else PlainConsole
+        return cls([wandb, jsonl, style(console, config.num_episodes, episodes_done)])
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the Weights & Biases run; None without one."""
+        return next((sink.run_id for sink in self.sinks if sink.run_id), None)
+
+    def log(self, metrics: Metrics, episodes: int) -> None:
+        """Log an iteration's metrics.
+
+        Args:
+            metrics: numbers or 0-dim tensors by the names of METRICS.
+            episodes: training episodes done; logged as ``progress/episodes``.
+
+        Raises:
+            TrackingError: a name has no explanation.
+        """
+        check_names(list(metrics))
+        numbers = {name: float(value) for name, value in metrics.items()} | {"progress/episodes": float(episodes)}
+        for sink in self.sinks:
+            sink.log(numbers)
+
+    def progress(self, episodes: int) -> None:
+        """Move the live bar within an iteration."""
+        for sink in self.sinks:
+            sink.progress(episodes)
+
+    def message(self, text: str) -> None:
+        """Print a line without tearing the live bar."""
+        for sink in self.sinks:
+            sink.message(text)
+
+    def close(self, failed: bool = False) -> None:
+        """Close every sink, also those after one that fails to close."""
+        with ExitStack() as stack:
+            for sink in self.sinks:
+                stack.callback(sink.close, failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)

@@ -1,0 +1,91 @@
+"""Rollouts as video: a grid of episodes (rows) by cameras (columns), as mp4 or gif."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+
+def tile_frames(pixels: Mapping[str, np.ndarray], rows: Sequence[int]) -> np.ndarray:
+    """One picture of several episodes and cameras.
+
+    Args:
+        pixels: camera name -> (N, h, w, 3) uint8, one size for all cameras.
+        rows: episodes to show, from top to bottom.
+
+    Returns:
+        (len(rows) * h, cameras * w, 3) uint8.
+
+    Raises:
+        ValueError: no camera, no row, or cameras of different sizes.
+    """
+    if not pixels or not rows:
+        raise ValueError("a video needs at least one camera and one episode")
+    shapes = {name: images.shape[1:] for name, images in pixels.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"cameras have different image sizes: {shapes}")
+    return np.concatenate([np.concatenate([images[row] for images in pixels.values()], axis=1) for row in rows])
+
+
+class EpisodeRecorder:
+    """A frame hook for ``evaluate`` that keeps the first ``num_episodes`` episodes of its first batch."""
+
+    def __init__(self, num_episodes: int) -> None:
+        self.num_episodes = num_episodes
+        self.frames: list[np.ndarray] = []
+        self._seeds: tuple[int, ...] | None = None
+
+    def __call__(self, seeds: Sequence[int], observation: Mapping[str, Any]) -> None:
+        """Take the observation of the batch of episodes with these seeds."""
+        self._seeds = self._seeds or tuple(seeds)
+        if tuple(seeds) == self._seeds:
+            rows = range(min(self.num_episodes, len(seeds)))
+            self.frames.append(tile_frames(observation["pixels"], rows))
+
+
+def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: int) -> Path:
+    """Write (H, W, 3) uint8 frames of one size as H.264; odd sizes are padded to the even ones that it needs.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iterator = iter(frames)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError(f"no frames to write to {path}")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "fast"})
+        stream.width, stream.height = _even(first).shape[1::-1]
+        stream.pix_fmt = "yuv420p"  # the one that every player shows
+        for image in (first, *iterator):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_even(image), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def _even(image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    return np.ascontiguousarray(np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+
+
+def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: int) -> Path:
+    """Write (H, W, 3) uint8 frames as an endless gif of at most 50 frames a second, which is what viewers show.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.fromarray(frame).quantize(128) for frame in frames]
+    if not images:
+        raise ValueError(f"no frames to write to {path}")
+    duration_ms = max(round(1000 / fps), 20)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0, optimize=True)
+    return path

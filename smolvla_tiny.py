@@ -1,0 +1,448 @@
+"""The embedded policy: a tiny but real SmolVLA, and the one loader and writer of SmolVLA directories.
+
+LeRobot's own `SmolVLAPolicy` class with a SmolVLM of about a million parameters, a byte-level tokenizer and a
+processor built here, so that every stage of the project runs on a 2-core CPU without the hub.
+
+A policy directory is LeRobot's stock one (config.json, model.safetensors, policy_preprocessor.json,
+policy_postprocessor.json with their safetensors) plus `vlm/`, the tokenizer and the SmolVLM configuration.
+LeRobot stores the place of that folder as an absolute path, which breaks when the directory moves. Ours store
+the reference "./vlm"; `load_smolvla` resolves it against the directory itself, and `reinflow-materialize`
+writes a copy with absolute paths for programs that know only LeRobot.
+
+    reinflow-build-tiny --output-dir runs/tiny/base            # random weights, seconds
+    reinflow-pretrain --policy-dir runs/tiny/base --output-dir runs/tiny/perception
+    reinflow-materialize --policy-dir model/tiny_smolvla --output-dir /some/where
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+    from lerobot.processor import PolicyProcessorPipeline
+
+VLM_FOLDER = "vlm"
+VLM_REFERENCE = f"./{VLM_FOLDER}"  # "./" keeps it from ever being read as a hub repository's name
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR_FILE = "policy_preprocessor.json"
+POSTPROCESSOR_FILE = "policy_postprocessor.json"
+POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+TINY_CAMERAS = ("camera_up", "wrist_camera")
+NUM_JOINTS = 6
+
+
+class PolicyDirectoryError(RuntimeError):
+    """A policy directory cannot be read or written; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Build a tiny SmolVLA with random weights (the start of reinflow-pretrain)."""
+
+    output_dir: Path
+    """Policy directory to write; refused if it exists."""
+    image_size: int = 96
+    """Side of the square camera images in pixels: a 25 mm block is about 3 pixels of camera_up."""
+    patch_size: int = 8
+    """Vision patch in pixels: (image_size / patch_size)^2 patches per camera."""
+    scale_factor: int = 3
+    """Pixel shuffle of the connector: scale_factor^2 patches become one token (16 tokens per camera)."""
+    vision_hidden_size: int = 64
+    """Width of the vision tower."""
+    vision_layers: int = 3
+    """Depth of the vision tower."""
+    text_hidden_size: int = 96
+    """Width of the language model; the action expert has .75 of it."""
+    text_layers: int = 4
+    """Depth of the language model and of the action expert."""
+    chunk_size: int = 50
+    """Actions per chunk: one second at 50 Hz."""
+    num_steps: int = 4
+    """Denoising steps at inference; the training loss does not depend on it."""
+    initializer_range: float = 0.1
+    """Standard deviation of the random weights, about 1/sqrt(width): the usual .02 suits widths of 1000, and a
+    64-wide tower started there needs several times the steps before it sees the block at all."""
+    seed: int = 0
+    """Seed of the random weights."""
+
+
+@dataclass(frozen=True)
+class MaterializeConfig:
+    """Copy a policy directory and write absolute paths into it, for programs that know only LeRobot."""
+
+    policy_dir: Path
+    """Directory to copy (for instance model/tiny_smolvla)."""
+    output_dir: Path
+    """Where the copy goes and must stay; refused if it exists."""
+
+
+# ---------------------------------------------------------------------------------------- building
+
+
+def build_vlm_folder(folder: Path, config: TinyConfig) -> None:
+    """Write tokenizer, image processor and SmolVLM configuration (no weights) into `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>"]
+    specials += ["<global-img>", "<end_of_utterance>"]
+    # One token per byte: any instruction can be written, nothing has to be learnt or downloaded.
+    vocab = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens={
+            "fake_image_token": "<fake_token_around_image>",
+            "image_token": "<image>",
+            "global_image_token": "<global-img>",
+            "end_of_utterance_token": "<end_of_utterance>",
+        },
+    )
+    edge = {"longest_edge": config.image_size}
+    sampling = {"fps": 1, "max_frames": 4, "video_size": edge}
+    processor = SmolVLMProcessor(
+        image_processor=SmolVLMImageProcessor(size=edge, max_image_size=edge),
+        tokenizer=fast,
+        video_processor=SmolVLMVideoProcessor(
+            size=edge, max_image_size=edge, num_frames=4, fps=1, video_sampling=sampling
+        ),
+        image_seq_len=(config.image_size // config.patch_size // config.scale_factor) ** 2,
+    )
+    vlm_config(fast, config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def vlm_config(tokenizer: Any, config: TinyConfig) -> Any:
+    """SmolVLMConfig of the tiny model."""
+    from transformers import SmolVLMConfig
+
+    heads = config.text_hidden_size // 24
+    text = {
+        "model_type": "llama",
+        "hidden_size": config.text_hidden_size,
+        "intermediate_size": 2 * config.text_hidden_size,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": 24,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 2048,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+        "initializer_range": config.initializer_range,
+    }
+    vision = {
+        "model_type": "smolvlm_vision",
+        "hidden_size": config.vision_hidden_size,
+        "intermediate_size": 2 * config.vision_hidden_size,
+        "num_hidden_layers": config.vision_layers,
+        "num_attention_heads": 4,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "initializer_range": config.initializer_range,
+    }
+    return SmolVLMConfig(
+        text_config=text,
+        vision_config=vision,
+        scale_factor=config.scale_factor,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        vocab_size=len(tokenizer),
+    )
+
+
+def build_policy(config: TinyConfig) -> None:
+    """Write a tiny SmolVLA with random weights and identity statistics as a policy directory.
+
+    Raises:
+        PolicyDirectoryError: the output directory exists, or the sizes do not divide.
+    """
+    import torch
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    refuse_existing(config.output_dir)
+    if config.image_size % (config.patch_size * config.scale_factor):
+        raise PolicyDirectoryError(
+            f"image_size {config.image_size} must be a multiple of patch_size * scale_factor "
+            f"({config.patch_size} * {config.scale_factor}): choose another of the three"
+        )
+    folder = config.output_dir / VLM_FOLDER
+    build_vlm_folder(folder, config)
+    shape = (3, config.image_size, config.image_size)
+    features = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in TINY_CAMERAS}
+    features["observation.state"] = PolicyFeature(FeatureType.STATE, (NUM_JOINTS,))
+    smolvla_config = SmolVLAConfig(
+        input_features=features,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (NUM_JOINTS,))},
+        device="cpu",
+        vlm_model_name=str(folder.resolve()),
+        load_vlm_weights=False,
+        resize_imgs_with_padding=(config.image_size, config.image_size),
+        num_vlm_layers=config.text_layers,
+        chunk_size=config.chunk_size,
+        n_action_steps=config.chunk_size,
+        num_steps=config.num_steps,
+        freeze_vision_encoder=False,
+        train_expert_only=False,
+        push_to_hub=False,
+    )
+    torch.manual_seed(config.seed)
+    with quiet():
+        policy = SmolVLAPolicy(smolvla_config)
+    preprocessor, postprocessor = make_pre_post_processors(smolvla_config, dataset_stats=identity_stats())
+    export_policy(policy, preprocessor, postprocessor, config.output_dir)
+
+
+def identity_stats() -> dict[str, dict[str, Any]]:
+    """Normaliser statistics that change nothing; the supervised stage replaces them by the dataset's."""
+    import torch
+
+    unit = {"mean": torch.zeros(NUM_JOINTS), "std": torch.ones(NUM_JOINTS)}
+    return {"observation.state": dict(unit), "action": dict(unit)}
+
+
+# ---------------------------------------------------------------------------------- loading, writing
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raise PolicyDirectoryError if something is already there."""
+    if directory.exists():
+        raise PolicyDirectoryError(f"{directory} exists: choose another output directory or remove it first")
+
+
+@contextlib.contextmanager
+def quiet():
+    """LeRobot prints to stdout while it builds a SmolVLA; keep that out of progress output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def locate_policy(reference: str | Path) -> Path:
+    """Directory of a policy: a local directory, or a hub repository `owner/name` (downloaded or from the cache).
+
+    Raises:
+        PolicyDirectoryError: neither is there; or files are missing in the directory.
+    """
+    directory = Path(reference)
+    if not directory.is_dir():
+        directory = download_policy(str(reference))
+    missing = [name for name in POLICY_FILES if not (directory / name).is_file()]
+    if missing:
+        raise PolicyDirectoryError(
+            f"{directory} lacks {', '.join(missing)}: a policy directory as LeRobot's save_pretrained writes it "
+            "is needed, processors included (for a checkpoint, name its pretrained_model folder)"
+        )
+    return directory.resolve()
+
+
+def download_policy(repo_id: str) -> Path:
+    """Local snapshot of a hub repository; raises PolicyDirectoryError with the remedy."""
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise PolicyDirectoryError(f"{repo_id}: no such directory, and not a hub repository of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id))
+    except Exception as error:  # the hub client raises many types; all of them mean: not to be had
+        raise PolicyDirectoryError(
+            f"{repo_id} is no local directory and could not be taken from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {error}). Go online (unset HF_HUB_OFFLINE), download it before with "
+            f"`hf download {repo_id}`, or name a local policy directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """JSON object in a file; PolicyDirectoryError names the file when it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PolicyDirectoryError(f"{path} cannot be read as JSON ({error}): restore or re-export it") from error
+    if not isinstance(content, dict):
+        raise PolicyDirectoryError(f"{path} holds no JSON object: restore or re-export it")
+    return content
+
+
+def resolve_vlm(directory: Path, reference: str) -> str:
+    """Turn the stored place of the tokenizer and VLM configuration into one that loads from anywhere.
+
+    A path relative to the policy directory wins; an absolute path must exist; `owner/name` is left to the hub.
+    """
+    inside = directory / reference
+    if inside.is_dir():
+        return str(inside.resolve())
+    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
+    if looks_local and not Path(reference).is_dir():
+        raise PolicyDirectoryError(
+            f"{directory / CONFIG_FILE} or {PREPROCESSOR_FILE} names the VLM folder {reference!r}, which does not "
+            f"exist: put that folder into the policy directory and write its relative path, for instance {VLM_REFERENCE!r}"
+        )
+    return reference
+
+
+def tokenizer_reference(preprocessor: dict[str, Any], file: Path) -> str:
+    """Stored tokenizer name of a policy_preprocessor.json."""
+    for step in preprocessor.get("steps", []):
+        if step.get("registry_name") == "tokenizer_processor":
+            return str(step["config"]["tokenizer_name"])
+    raise PolicyDirectoryError(f"{file} has no tokenizer_processor step: is it a SmolVLA's? Re-export it with LeRobot")
+
+
+def load_smolvla(
+    policy_dir: str | Path, device: str = "cpu", num_steps: int | None = None
+) -> tuple[SmolVLAPolicy, PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """Load policy (fp32, eval mode), preprocessor and postprocessor from any SmolVLA directory, strictly.
+
+    The VLM's own weights are never fetched separately: model.safetensors holds all of them, and a key that is
+    missing, unexpected or of another shape is an error.
+
+    Args:
+        policy_dir: local policy directory or hub repository.
+        device: where policy and preprocessed batches live; the postprocessor returns CPU tensors.
+        num_steps: denoising steps; None keeps the stored number.
+
+    Raises:
+        PolicyDirectoryError: naming the file and the remedy.
+    """
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    directory = locate_policy(policy_dir)
+    stored = read_json(directory / CONFIG_FILE)
+    if stored.get("type") != "smolvla":
+        raise PolicyDirectoryError(f"{directory / CONFIG_FILE} is of type {stored.get('type')!r}, not 'smolvla'")
+    preprocessor_file = directory / PREPROCESSOR_FILE
+    tokenizer = resolve_vlm(directory, tokenizer_reference(read_json(preprocessor_file), preprocessor_file))
+    config = PreTrainedConfig.from_pretrained(directory, cli_overrides=[f"--device={device}"])
+    config.vlm_model_name = resolve_vlm(directory, config.vlm_model_name)
+    config.load_vlm_weights = False
+    config.num_steps = config.num_steps if num_steps is None else num_steps
+    try:
+        with quiet():
+            policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)
+    except RuntimeError as error:
+        raise PolicyDirectoryError(
+            f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}. Take both from one export"
+        ) from error
+    preprocessor, postprocessor = make_pre_post_processors(
+        config,
+        pretrained_path=str(directory),
+        preprocessor_overrides={
+            "device_processor": {"device": device},
+            "tokenizer_processor": {"tokenizer_name": tokenizer},
+        },
+    )
+    return policy, preprocessor, postprocessor
+
+
+def export_policy(
+    policy: SmolVLAPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    directory: Path,
+) -> None:
+    """Write a stock LeRobot policy directory that holds everything it needs and can be moved.
+
+    A local VLM folder is copied in as `vlm/` and referred to as "./vlm"; a hub name stays as it is.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    policy.save_pretrained(directory)
+    preprocessor.save_pretrained(directory, config_filename=PREPROCESSOR_FILE)
+    postprocessor.save_pretrained(directory, config_filename=POSTPROCESSOR_FILE)
+    source = Path(policy.config.vlm_model_name)
+    if source.is_dir():
+        if source.resolve() != (directory / VLM_FOLDER).resolve():
+            shutil.copytree(source, directory / VLM_FOLDER, dirs_exist_ok=True)
+        write_references(directory, VLM_REFERENCE)
+
+
+def write_references(directory: Path, reference: str) -> None:
+    """Write the place of the VLM folder into config.json and policy_preprocessor.json."""
+    config = read_json(directory / CONFIG_FILE)
+    config["vlm_model_name"] = reference
+    config["load_vlm_weights"] = False  # the folder holds no weights; model.safetensors holds them all
+    config["pretrained_path"] = None
+    write_json(directory / CONFIG_FILE, config)
+    preprocessor = read_json(directory / PREPROCESSOR_FILE)
+    for step in preprocessor["steps"]:
+        if step.get("registry_name") == "tokenizer_processor":
+            step["config"]["tokenizer_name"] = reference
+    write_json(directory / PREPROCESSOR_FILE, preprocessor)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
+    """Copy a policy directory and write absolute VLM paths, so that stock LeRobot loads it from anywhere.
+
+    Returns:
+        The absolute path of the copy. It must not be moved afterwards (materialise again instead).
+    """
+    source, target = locate_policy(policy_dir), Path(output_dir).resolve()
+    refuse_existing(target)
+    vlm = Path(resolve_vlm(source, str(read_json(source / CONFIG_FILE)["vlm_model_name"])))
+    if not vlm.is_dir():
+        raise PolicyDirectoryError(f"{source} refers to the hub ({vlm}): LeRobot loads it as it is, nothing to do")
+    shutil.copytree(source, target)
+    if vlm != source / VLM_FOLDER:
+        shutil.copytree(vlm, target / VLM_FOLDER, dirs_exist_ok=True)
+    write_references(target, str(target / VLM_FOLDER))
+    return target
+
+
+def predict_chunk(
+    policy: SmolVLAPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    batch: dict[str, Any],
+) -> Any:
+    """Noise-seeded but otherwise deterministic action chunk, in the environment's units: tensor (N, chunk_size, 6).
+
+    Args:
+        batch: raw policy inputs: `observation.images.<camera>` float (N, 3, h, w) in [0, 1],
+            `observation.state` (N, 6) in the policy's units, `task` list of N strings.
+    """
+    return postprocessor(policy.predict_action_chunk(preprocessor(batch)))
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+def build_main() -> None:
+    """reinflow-build-tiny."""
+    import tyro
+
+    config = tyro.cli(TinyConfig, description=TinyConfig.__doc__)
+    build_policy(config)
+    print(f"wrote {config.output_dir}")
+
+
+def materialize_main() -> None:
+    """reinflow-materialize."""
+    import tyro
+
+    config = tyro.cli(MaterializeConfig, description=MaterializeConfig.__doc__)
+    print(f"wrote {materialize(config.policy_dir, config.output_dir)}: use --policy.path with it")

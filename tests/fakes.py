@@ -1,0 +1,104 @@
+"""Small stand-ins: an environment whose optimum is known, and a policy that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from reinflow.policy import FlowMLP
+
+STATE_DIM, ACTION_DIM, CHUNK = 3, 2, 4
+
+
+@dataclass
+class FakeEpisode:
+    """EpisodeStats of the fake."""
+
+    seed: int
+    return_: float
+    length: int
+    success: bool
+    max_height_m: float = 0.0
+    clipped_targets: int = 0
+    reward_terms: dict[str, float] = field(default_factory=dict)
+    env: int = 0
+
+
+@dataclass
+class FakeResult:
+    """ChunkResult of the fake."""
+
+    observation: dict[str, Any]
+    rewards: np.ndarray
+    active: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    final_indices: np.ndarray
+    final_observation: dict[str, Any] | None
+    episodes: Sequence[Any]
+
+
+class ReachEnv:
+    """Every action should equal the first two state entries; an episode is two chunks and then truncated.
+
+    With ``terminate_at`` the episode ends inside its first chunk after that many control steps.
+    """
+
+    def __init__(self, num_envs: int, terminate_at: int | None = None):
+        self.num_envs, self.terminate_at = num_envs, terminate_at
+
+    def reset(self, seeds: Sequence[int]) -> dict[str, Any]:
+        self.rngs = [np.random.default_rng(s) for s in seeds]
+        self.states = np.stack([r.uniform(-1, 1, STATE_DIM) for r in self.rngs])
+        self.age = np.zeros(self.num_envs, dtype=int)
+        return self._observe()
+
+    def _observe(self) -> dict[str, Any]:
+        return {"environment_state": self.states.astype(np.float32).copy()}
+
+    def step_chunk(self, actions: np.ndarray) -> FakeResult:
+        n = actions.shape[1]
+        rewards = -np.abs(actions - self.states[:, None, :ACTION_DIM]).mean(-1)
+        active = np.ones((self.num_envs, n), dtype=bool)
+        terminated = np.zeros(self.num_envs, dtype=bool)
+        if self.terminate_at is not None:
+            active[:, self.terminate_at :] = False
+            terminated[:] = True
+        rewards = rewards * active
+        self.age += 1
+        truncated = (self.age >= 2) & ~terminated
+        final = self._observe() if truncated.any() else None
+        if final is not None:
+            final = {k: v[truncated] for k, v in final.items()}
+        episodes = [
+            FakeEpisode(i, float(rewards[i].sum()), int(active[i].sum()), bool(rewards[i].mean() > -0.1))
+            for i in np.flatnonzero(truncated | terminated)
+        ]
+        for i in np.flatnonzero(truncated | terminated):
+            self.states[i], self.age[i] = self.rngs[i].uniform(-1, 1, STATE_DIM), 0
+        return FakeResult(
+            self._observe(), rewards, active, terminated, truncated, np.flatnonzero(truncated), final, episodes
+        )
+
+
+def make_policy(seed: int = 0, sigma: tuple[float, float] = (0.1, 0.3)) -> FlowMLP:
+    """A FlowMLP with the fake's dimensions."""
+    torch.manual_seed(seed)
+    return FlowMLP(STATE_DIM, ACTION_DIM, CHUNK, hidden_size=32, sigma_min=sigma[0], sigma_max=sigma[1]).eval()
+
+
+def clone_half_the_way(policy: FlowMLP, steps: int = 300) -> None:
+    """Supervised stage: the policy learns to go half of the way that the fake rewards."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
+    for _ in range(steps):
+        states = torch.rand(64, STATE_DIM, generator=generator) * 2 - 1
+        actions = 0.5 * states[:, None, :ACTION_DIM].expand(-1, CHUNK, -1)
+        loss = policy.flow_matching_loss(states, actions, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -1,0 +1,157 @@
+"""TrainingConfig: the seed's names and defaults, flags, and refusal of what cannot work."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+
+from train_reinflow import PRESETS, TrainingConfig, parse_args
+from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
+
+ROOT = Path(__file__).parents[1]
+
+# seeds/000, section "Quick Reference" and the tables above it.
+SEED_DEFAULTS = {
+    "policy_lr": 3e-6, "critic_lr": 1e-4, "clip_epsilon": 0.15, "target_kl": 0.1, "sigma_min": 0.25,
+    "sigma_max": 0.50, "num_episodes": 20_000, "num_parallel_envs": 1, "num_ppo_epochs": 5, "minibatch_size": 8,
+    "gae_lambda": 0.95, "gradient_accumulation_steps": 15, "value_clip_epsilon": 0.2, "num_denoising_steps": 1,
+    "chunks_per_episode": 3, "noise_decay_start": 1.0, "noise_decay_ratio": 0.7, "entropy_coeff": 0.0,
+    "grad_clip_norm": 0.25, "lr_warmup_iterations": 10, "critic_warmup_iters": 30, "gamma": 0.999,
+    "max_steps_per_episode": 150, "contact_bonus": 0.1, "height_alignment_bonus": 0.05, "lift_threshold": 0.08,
+    "train_action_head": True, "train_time_mlp": True, "train_full_expert": True, "train_noise_head": True,
+    "train_critic": True, "model_type": "smolvla", "pretrained_path": "lerobot/smolvla_base",
+    "pi0_pretrained_path": "lerobot/pi0", "pi0_gradient_checkpointing": True, "chunk_size": 50,
+    "model_path": "model/scene.xml", "instruction": "pick up the block", "steps_per_action": 10,
+    "block_pos": (0, 0.3, 0.0125), "image_size": 256, "log_interval": 1, "save_interval": 10,
+    "wandb_project": "reinflow-smolvla", "wandb_enabled": True, "checkpoint_path": "reinflow_checkpoint.pt",
+    "render": False, "use_subproc_env": False, "starting_position": (0.06, -100.21, 89.95, 66.46, 5.96, 1.0),
+}  # fmt: skip
+
+BAD = [
+    ("sigma_min", {"sigma_min": 0.6}),
+    ("sigma_min", {"sigma_min": 0.0}),
+    ("n_action_steps", {"n_action_steps": 60, "max_steps_per_episode": 180}),
+    ("chunks_per_episode", {"chunks_per_episode": 4}),
+    ("max_steps_per_episode", {"max_steps_per_episode": 100}),
+    ("gradient_accumulation_steps", {"gradient_accumulation_steps": 16}),
+    ("episodes_per_iteration", {"num_parallel_envs": 64}),
+    ("use_subproc_env", {"use_subproc_env": True}),
+    ("render", {"render": True, "headless": True}),
+    ("num_parallel_envs", {"render": True, "num_parallel_envs": 2}),
+    ("eval_seed", {"eval_seed": 9_950}),
+    ("report_seed", {"report_seed": 100}),
+    ("seed", {"seed": 10_000}),
+    ("gamma", {"gamma": 1.5}),
+    ("gae_lambda", {"gae_lambda": -0.1}),
+    ("policy_lr", {"policy_lr": 0.0}),
+    ("policy_lr", {"policy_lr": float("nan")}),
+    ("minibatch_size", {"minibatch_size": 0}),
+    ("cameras", {"cameras": ()}),
+    ("block_radius_range", {"block_radius_range": (0.3, 0.2)}),
+    ("noise_last_step_only", {"noise_last_step_only": True}),
+    ("num_noise_coefficients", {"noise_basis": "dct", "num_noise_coefficients": 51}),
+    ("train_noise_head", {
+        "train_action_head": False, "train_time_mlp": False, "train_full_expert": False, "train_noise_head": False,
+    }),
+    ("noise_decay_ratio", {"noise_decay_ratio": 2.0}),
+]  # fmt: skip
+
+
+def test_seed_names_and_defaults():
+    assert {name: getattr(TrainingConfig(), name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
+
+
+@pytest.mark.parametrize(("field", "changes"), BAD, ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_config_is_refused_by_name(field, changes):
+    with pytest.raises(ConfigError, match=field):
+        replace(TrainingConfig(), **changes)
+
+
+def test_every_problem_is_listed_at_once():
+    with pytest.raises(ConfigError, match=r"gamma.*sigma_min"):
+        replace(TrainingConfig(), gamma=2.0, sigma_min=0.7)
+
+
+def test_short_flags_that_users_type():
+    config = parse_args(
+        ["--parallel-envs", "4", "--episodes", "400", "--no-render", "--headless", "--no-wandb", "--seed", "3",
+         "--device", "cpu", "--output-dir", "x", "--pretrained-path", "dir", "--episodes-per-iteration", "40"]
+    )  # fmt: skip
+    assert (config.num_parallel_envs, config.num_episodes, config.wandb_enabled) == (4, 400, False)
+    assert (config.seed, config.device, config.output_dir, config.pretrained_path) == (3, "cpu", "x", "dir")
+
+
+def test_preset_is_the_base_of_other_flags():
+    config = parse_args(["--preset", "tiny", "--policy-lr", "1e-4"])
+    assert config == replace(PRESETS["tiny"], policy_lr=1e-4)
+
+
+def test_unknown_preset_and_bad_flag_exit_with_the_name(capsys):
+    with pytest.raises(SystemExit, match="preset=huge"):
+        parse_args(["--preset", "huge"])
+    with pytest.raises(SystemExit):
+        parse_args(["--sigma-min", "0.9"])
+    assert "sigma_min=0.9 exceeds sigma_max=0.5" in capsys.readouterr().err
+
+
+def test_json_round_trip():
+    for config in PRESETS.values():
+        assert config_from_json(json.loads(json.dumps(config_to_json(config))), TrainingConfig) == config
+
+
+def test_config_json_of_another_version_is_refused():
+    data = config_to_json(TrainingConfig())
+    data["colour"] = data.pop("gamma")
+    with pytest.raises(ConfigError, match=r"gamma.*colour"):
+        config_from_json(data, TrainingConfig)
+
+
+def test_resume_keeps_settings_but_may_run_longer():
+    saved = TrainingConfig()
+    check_resumed(replace(saved, num_episodes=30_000), saved)
+    with pytest.raises(ConfigError, match="policy_lr"):
+        check_resumed(replace(saved, policy_lr=1.0), saved)
+
+
+def test_resume_without_a_run_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="resume"):
+        parse_args(["--resume"])
+    with pytest.raises(SystemExit, match="output_dir"):
+        parse_args(["--resume", "--output-dir", str(tmp_path)])
+
+
+def test_existing_run_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="output_dir"):
+        replace(TrainingConfig(), output_dir=str(tmp_path))
+
+
+def test_pickled_checkpoint_is_refused(tmp_path):
+    (tmp_path / "reinflow_checkpoint.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="checkpoint_path"):
+        replace(TrainingConfig(), checkpoint_path=str(tmp_path / "reinflow_checkpoint.pt"))
+
+
+def test_help_explains_every_field_quickly():
+    start = time.perf_counter()
+    text = subprocess.run(
+        [sys.executable, "train_reinflow.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert time.perf_counter() - start < 10
+    for field in fields(TrainingConfig):
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
+    assert "rise" in text and "linearly" in text  # the docstrings, not only the names
+    assert len(asdict(TrainingConfig())) == len(fields(TrainingConfig))
+
+
+def test_bad_flag_fails_fast():
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "train_reinflow.py", "--gamma", "3"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0 and "gamma" in result.stderr
+    assert time.perf_counter() - start < 10

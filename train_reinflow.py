@@ -1,0 +1,297 @@
+"""Fine-tune a SmolVLA policy on the SO-101 lift task by ReinFlow: PPO over the noisy denoising chain.
+
+    python train_reinflow.py --preset tiny          the embedded policy, a 2-core CPU, minutes
+    python train_reinflow.py --pretrained-path DIR  your own SmolVLA, seed defaults
+    python train_reinflow.py --help                 every field
+
+This file holds the configuration (``TrainingConfig``, the one place of defaults) and the training loop. The loop's
+parts are in training_run.py, the algorithm's rooms in reinflow/.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+PI = 3.141592653589793
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Every setting of a training run. Names follow notes/hyperparameters.md, which gives the reasons at length."""
+
+    # --- What is trained -------------------------------------------------------------------------------------------
+    preset: Literal["smolvla", "pi0", "tiny"] = "smolvla"
+    """Which set of defaults the other flags start from; see PRESETS at the end of this class."""
+    model_type: Literal["smolvla", "pi0"] = "smolvla"
+    """Policy family. pi0 has its settings here, but no adapter yet."""
+    pretrained_path: str = "lerobot/smolvla_base"
+    """SmolVLA to start from: a policy directory or a hub id. "tiny" names the embedded policy."""
+    pi0_pretrained_path: str = "lerobot/pi0"
+    """Pi0 to start from."""
+    pi0_gradient_checkpointing: bool = True
+    """Recompute Pi0's activations in the backward pass, so that it fits in 24 GB."""
+    train_action_head: bool = True
+    """Train action_out_proj, the velocity head."""
+    train_time_mlp: bool = True
+    """Train action_time_mlp_in and action_time_mlp_out, which embed action and flow time."""
+    train_full_expert: bool = True
+    """Train the whole action expert and action_in_proj (98 M parameters in SmolVLA); False leaves the heads."""
+    train_noise_head: bool = True
+    """Train the noise head; False keeps the noise in the middle of [sigma_min, sigma_max]."""
+    train_critic: bool = True
+    """Train the critic; without it advantages are plain returns."""
+    critic_hidden_size: int = 512
+    """Width of the critic's first hidden layer; the second is half of it."""
+
+    # --- How much --------------------------------------------------------------------------------------------------
+    num_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 20_000
+    """Training episodes in all."""
+    num_parallel_envs: Annotated[int, tyro.conf.arg(aliases=["--parallel-envs"])] = 1
+    """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
+    episodes_per_iteration: int = 40
+    """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""
+    seed: int = 0
+    """Of weights, noise, shuffling and training blocks. Seeds from 10,000 up are for reporting only."""
+
+    # --- PPO -------------------------------------------------------------------------------------------------------
+    policy_lr: float = 3e-6
+    """Adam's learning rate of the policy. A step's KL grows with lr^2 x D / sigma^2: D = 300 needs a small one."""
+    critic_lr: float = 1e-4
+    """Adam's learning rate of the critic; it moves no action, so it can be larger."""
+    clip_epsilon: float = 0.15
+    """PPO clip of the ratio."""
+    target_kl: float = 0.1
+    """Stop an iteration's policy steps once the KL, measured after a step, exceeds this; 0 never stops."""
+    undo_overshoot: bool = False
+    """Take back an optimiser step whose KL exceeds 1.5 x target_kl."""
+    num_ppo_epochs: int = 5
+    """Passes of the policy over a rollout."""
+    num_critic_epochs: int = 5
+    """Passes of the critic over a rollout."""
+    minibatch_size: int = 8
+    """Decisions per forward and backward pass; a matter of memory."""
+    gradient_accumulation_steps: int = 15
+    """Minibatches per optimiser step; the effective batch is minibatch_size x this."""
+    gamma: float = 0.999
+    """Discount."""
+    discount_per: Literal["control_step", "chunk"] = "control_step"
+    """What gamma counts: control steps (a chunk of tau steps discounts gamma^tau) or chunks, as in the paper's code."""
+    gae_lambda: float = 0.95
+    """Bias against variance in the advantage; counts decisions."""
+    value_clip_epsilon: float = 0.2
+    """Clip of the value update, in standard deviations of the return; 0 is off."""
+    entropy_coeff: float = 0.0
+    """Weight of the noise's entropy."""
+    grad_clip_norm: float = 0.25
+    """Largest gradient norm, policy and critic each."""
+    lr_warmup_iterations: int = 10
+    """Iterations over which policy_lr rises linearly."""
+    critic_warmup_iters: int = 30
+    """First iterations that train the critic alone, on the same targets."""
+
+    # --- The noisy denoising chain ---------------------------------------------------------------------------------
+    num_denoising_steps: int = 1
+    """K, Euler steps from noise to action; evaluation and export use the same."""
+    sigma_min: float = 0.25
+    """Smallest std of the exploration noise, in normalised action units."""
+    sigma_max: float = 0.50
+    """Largest."""
+    noise_schedule: Literal["hold_cosine", "constant", "linear", "exponential"] = "hold_cosine"
+    """How sigma_max falls over training."""
+    noise_decay_start: float = 1.0
+    """Fraction of training before hold_cosine starts to fall; 1 never."""
+    noise_decay_ratio: float = 0.7
+    """Final sigma_max as a fraction of the first."""
+    log_prob_reduction: Literal["chunk", "action", "dim", "mean"] = "chunk"
+    """Ratios per decision: one for the chunk, one per control step, one per noise coordinate, or the paper's mean."""
+    noise_basis: Literal["white", "dct"] = "white"
+    """Noise on every action, or only on the lowest cosines of the chunk's time axis (smooth exploration)."""
+    num_noise_coefficients: int = 5
+    """Cosines per joint with noise_basis=dct."""
+    noise_last_step_only: bool = False
+    """Draw noise in the last of the K denoising steps only."""
+
+    # --- Chunks and episodes ---------------------------------------------------------------------------------------
+    chunk_size: int = 50
+    """Actions the policy predicts; fixed by the pretrained model and checked against it."""
+    n_action_steps: int = 50
+    """Actions of a chunk that are executed before the next observation."""
+    chunks_per_episode: int = 3
+    """Decisions per episode; times n_action_steps it must be max_steps_per_episode."""
+    max_steps_per_episode: int = 150
+    """Control steps (50 Hz) before an episode is truncated."""
+
+    # --- Environment -----------------------------------------------------------------------------------------------
+    model_path: str = "model/scene.xml"
+    """MJCF scene. A relative path is looked for here first, then beside the installed package."""
+    instruction: str = "pick up the block"
+    """Task given to the policy."""
+    steps_per_action: int = 10
+    """Physics substeps of 2 ms per control step."""
+    starting_position: tuple[float, float, float, float, float, float] = (0.06, -100.21, 89.95, 66.46, 5.96, 1.0)
+    """Joint angles at reset in MuJoCo degrees; clipped to the limits."""
+    start_noise_deg: float = 0.0
+    """Std of a perturbation of the five arm joints at reset."""
+    block_pos: tuple[float, float, float] = (0.0, 0.3, 0.0125)
+    """Block position at reset in metres, unless randomize_block."""
+    randomize_block: bool = False
+    """Draw the block's position and yaw at every reset."""
+    block_radius_range: tuple[float, float] = (0.20, 0.28)
+    """Distance of a random block from the arm's base, metres."""
+    block_angle_deg: float = 30.0
+    """A random block lies within +- this about straight ahead."""
+    block_yaw_deg: float = 0.4 * 180 / PI
+    """And is turned by up to +- this."""
+    cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
+    """Cameras to render; the policy's must be among them."""
+    image_size: int = 256
+    """Height and width of every image."""
+    lift_threshold: float = 0.08
+    """Block height in metres that counts as lifted."""
+    reward_mode: Literal["seed", "staged"] = "seed"
+    """seed: -distance + bonuses; staged: reach, grasp, lift and success terms (table in so101_mujoco_utils.py)."""
+    contact_bonus: float = 0.1
+    """Seed reward per control step in contact."""
+    height_alignment_bonus: float = 0.05
+    """Seed reward per control step with the tool above the block."""
+    use_subproc_env: bool = False
+    """Worker processes instead of mujoco.batch for num_parallel_envs > 1."""
+    render: bool = False
+    """Open the MuJoCo viewer on the first environment; needs a display and num_parallel_envs 1."""
+    headless: bool = False
+    """Never open a window; contradicts render."""
+
+    # --- Evaluation ------------------------------------------------------------------------------------------------
+    eval_interval: int = 10
+    """Iterations between noise-free evaluations on tuning seeds; 0 never. They choose the best checkpoint."""
+    eval_episodes: int = 100
+    """Episodes of one such evaluation."""
+    eval_seed: int = 5_000
+    """First tuning seed; below 10,000."""
+    report_episodes: int = 200
+    """Episodes of the evaluation before and after training, on seeds from report_seed; 0 leaves it out."""
+    report_seed: int = 10_000
+    """First reporting seed; nothing is ever chosen by these."""
+
+    # --- Run directory and tracking --------------------------------------------------------------------------------
+    output_dir: str = ""
+    """Run directory; empty makes outputs/train/<date>_<preset>. An existing run is never overwritten."""
+    checkpoint_path: str = "reinflow_checkpoint.pt"
+    """What --resume continues: a run or checkpoint directory. If there is none of that name, output_dir is meant."""
+    resume: bool = False
+    """Continue a run from its last checkpoint, with its own config.json."""
+    save_interval: int = 10
+    """Episodes between checkpoints (rounded up to whole iterations)."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep, besides last and best."""
+    log_interval: int = 1
+    """Episodes between log lines (rounded up to whole iterations)."""
+    wandb_enabled: Annotated[bool, tyro.conf.arg(aliases=["--wandb"])] = True
+    """Log to Weights & Biases."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline writes to the run directory; `wandb sync` sends it later."""
+    wandb_project: str = "reinflow-smolvla"
+    """Project on Weights & Biases."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the policy runs; auto takes cuda, then mps, then cpu."""
+    num_threads: int = 0
+    """Threads of torch and MuJoCo; 0 takes all cores."""
+
+    def __post_init__(self) -> None:
+        from training_checks import check_config
+
+        check_config(self)
+
+    @property
+    def decisions_per_iteration(self) -> int:
+        """B of one rollout."""
+        return self.chunk_steps_per_rollout * self.num_parallel_envs
+
+    @property
+    def chunk_steps_per_rollout(self) -> int:
+        """T: whole episodes per environment."""
+        return -(-self.episodes_per_iteration // self.num_parallel_envs) * self.chunks_per_episode
+
+    @property
+    def policy_path(self) -> str:
+        """The checkpoint that model_type asks for."""
+        return self.pi0_pretrained_path if self.model_type == "pi0" else self.pretrained_path
+
+
+PRESETS: dict[str, TrainingConfig] = {
+    "smolvla": TrainingConfig(),
+    "pi0": TrainingConfig(preset="pi0", model_type="pi0"),
+    "tiny": TrainingConfig(
+        preset="tiny",
+        pretrained_path="tiny",
+        num_episodes=6_144,
+        num_parallel_envs=64,
+        episodes_per_iteration=384,
+        cameras=("camera_up", "wrist_camera"),
+        image_size=96,
+        randomize_block=True,
+        reward_mode="staged",
+        starting_position=(0.06, -100.21, 89.95, 66.46, -84.04, 1.0),
+        num_denoising_steps=1,
+        noise_basis="dct",
+        log_prob_reduction="dim",
+        sigma_min=0.12,
+        sigma_max=0.12,
+        policy_lr=2e-5,
+        critic_lr=1e-3,
+        clip_epsilon=0.2,
+        target_kl=0.03,
+        undo_overshoot=True,
+        grad_clip_norm=1.0,
+        minibatch_size=128,
+        gradient_accumulation_steps=3,
+        lr_warmup_iterations=3,
+        critic_warmup_iters=2,
+        eval_interval=4,
+        save_interval=1_536,
+        wandb_mode="offline",
+    ),
+}
+
+
+def train(config: TrainingConfig) -> None:
+    """Run (or continue) a training; the loop of the algorithm."""
+    from training_run import TrainingRun
+
+    with TrainingRun.open(config) as run:
+        run.report("before")
+        for iteration in run.iterations():
+            buffer = run.rollout()
+            run.update(buffer)
+            if run.due(config.eval_interval, iteration):
+                run.evaluate()
+            run.log()
+            run.save_if_due()
+        run.finish()
+        run.report("after")
+
+
+def parse_args(argv: Sequence[str]) -> TrainingConfig:
+    """Flags over the chosen preset, or over the saved config.json with --resume."""
+    from training_checks import ConfigError, starting_point
+
+    try:
+        default = starting_point(argv, PRESETS)
+        return tyro.cli(TrainingConfig, args=list(argv), default=default, description=__doc__)
+    except ConfigError as error:
+        sys.exit(f"train_reinflow: {error}")
+
+
+def main() -> None:
+    """Console entry point."""
+    train(parse_args(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""A training run: what the loop in train_reinflow.py acts on, and what survives a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from reinflow import checkpoint
+from reinflow.evaluate import EvalResult, evaluate, write_eval_info
+from reinflow.flow import ChainSpec
+from reinflow.learner import LearnerSettings, PPOLearner
+from reinflow.policy import FlowPolicy
+from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings, act, collect_rollout
+from reinflow.schedules import in_critic_warmup, noise_bounds, warmup_lr
+from reinflow.tracking import open_tracker
+from so101_gym_env import EnvConfig
+from so101_mujoco_utils import model_dir
+from so101_vector_env import ChunkVectorEnv, make_vector_env
+from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
+
+if TYPE_CHECKING:
+    from reinflow_smolvla import ReinFlowSmolVLA
+    from train_reinflow import TrainingConfig
+
+
+
+TASK_GROUP = "so101_pick"
+
+
+def matching_fields(config: TrainingConfig, target: type) -> dict[str, Any]:
+    """The fields of ``config`` that the dataclass ``target`` also has, by name."""
+    names = {f.name for f in dataclasses.fields(target)} & {f.name for f in dataclasses.fields(config)}
+    return {name: getattr(config, name) for name in names}
+
+
+def env_config(config: TrainingConfig) -> EnvConfig:
+    """The environment that ``config`` describes."""
+    settings = matching_fields(config, EnvConfig)
+    path = Path(config.model_path)
+    if not path.exists() and not path.is_absolute():
+        path = model_dir() / path.name
+    return EnvConfig(**(settings | {"model_path": str(path)}))
+
+
+def chain_spec(config: TrainingConfig) -> ChainSpec:
+    """The denoising chain that ``config`` describes."""
+    return ChainSpec(**matching_fields(config, ChainSpec), reduction=config.log_prob_reduction)
+
+
+def pick_device(name: str) -> str:
+    """Resolve "auto"; raise ConfigError for an accelerator that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise ConfigError(f"device={name} is not available on this machine: use --device auto")
+    return name
+
+
+def build_policy(config: TrainingConfig, device: str) -> ReinFlowSmolVLA:
+    """Load the policy to fine-tune.
+
+    Raises:
+        ConfigError: model_type has no adapter, or the policy does not fit the config.
+    """
+    from reinflow_smolvla import ReinFlowSmolVLA, TrainableGroups
+
+    if config.model_type != "smolvla":
+        raise ConfigError(f"model_type={config.model_type} has no adapter yet: use model_type=smolvla")
+    path = str(model_dir() / "tiny_smolvla") if config.pretrained_path == "tiny" else config.pretrained_path
+    torch.manual_seed(config.seed)  # initial weights of noise head and critic
+    policy = ReinFlowSmolVLA.from_pretrained(
+        path,
+        device,
+        num_denoising_steps=config.num_denoising_steps,
+        n_action_steps=config.n_action_steps,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        groups=TrainableGroups(**matching_fields(config, TrainableGroups)),
+        critic_hidden_size=config.critic_hidden_size,
+    )
+    if policy.chunk_size != config.chunk_size:
+        raise ConfigError(f"chunk_size={config.chunk_size}, but {path} predicts {policy.chunk_size}: set chunk_size")
+    absent = [name for name in policy.cameras if name not in config.cameras]
+    if absent:
+        raise ConfigError(f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {path} looks through")
+    return policy
+
+
+class TrainingRun:
+    """Policy, environments, learner, tracker and counters of one run; a context manager.
+
+    SIGINT and SIGTERM end the loop after the iteration at hand; the run is then saved as at any checkpoint. A second
+    signal interrupts at once.
+    """
+
+    def __init__(self, config: TrainingConfig, run_dir: Path):
+        torch.set_num_threads(config.num_threads or torch.get_num_threads())
+        self.config, self.run_dir = config, run_dir
+        self.device = pick_device(config.device)
+        self.policy = build_policy(config, self.device)
+        self.spec = chain_spec(config)
+        self.learner = PPOLearner(
+            self.policy, self.spec, LearnerSettings(**matching_fields(config, LearnerSettings)), config.seed
+        )
+        self.rollout_settings = RolloutSettings(config.gamma, config.discount_per)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.env: ChunkVectorEnv = make_vector_env(
+            env_config(config),
+            config.num_parallel_envs,
+            backend="subproc" if config.use_subproc_env else "auto",
+            num_threads=config.num_threads or None,
+        )
+        self.iteration = self.episodes = 0
+        self.best_success = -1.0
+        self.metrics: dict[str, float] = {}
+        self.cursor: Cursor
+        self.wandb_id: str | None = None
+        self.stop_requested = False
+        self._saved_at = self._logged_at = 0
+        self._iteration_start = time.perf_counter()
+
+    # --- Opening, closing, resuming ---------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, config: TrainingConfig) -> TrainingRun:
+        """A new run in its own directory, or the saved one with ``config.resume``."""
+        if config.resume:
+            run = cls._resume(config)
+        else:
+            stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+            run_dir = Path(config.output_dir or f"outputs/train/{stamp}_{config.preset}")
+            run = cls(config, run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n")
+            seeds = [config.seed * 100_003 + i for i in range(config.num_parallel_envs)]
+            run.cursor = Cursor.at(run.policy, run.env.reset(seeds))
+        run.tracker = open_tracker(
+            run.run_dir,
+            config=config_to_json(config),
+            num_episodes=config.num_episodes,
+            episodes_done=run.episodes,
+            wandb_mode=config.wandb_mode if config.wandb_enabled else "off",
+            wandb_project=config.wandb_project,
+            wandb_run_id=run.wandb_id,
+            resumed_iteration=run.iteration if config.resume else None,
+        )
+        run.wandb_id = run.tracker.wandb_run_id
+        return run
+
+    @classmethod
+    def _resume(cls, config: TrainingConfig) -> TrainingRun:
+        run_dir = Path(config.output_dir)
+        saved = config_from_json(json.loads((run_dir / "config.json").read_text()), type(config))
+        check_resumed(config, saved)
+        run = cls(config, run_dir)
+        run._load(checkpoint.resolve_checkpoint(run_dir))
+        return run
+
+    def __enter__(self) -> TrainingRun:
+        self._handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.env.close()
+        self.tracker.close()
+
+    def _request_stop(self, number: int, _frame: object) -> None:
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        name = signal.Signals(number).name
+        self.tracker.message(f"{name}: saving after this iteration (once more to stop at once)")
+
+    def _load(self, directory: Path) -> None:
+        tensors, state = checkpoint.load_training_state(directory)
+        self.policy.load_trainable_state(tensors["policy"])
+        checkpoint.load_optimizer(self.learner.policy_optimizer, state["policy_optimizer"], "policy optimizer")
+        checkpoint.load_optimizer(self.learner.critic_optimizer, state["critic_optimizer"], "critic optimizer")
+        self.learner.normalizer.load_state_dict(state["return_normalizer"])
+        self.learner.lr_scale = state["lr_scale"]
+        self.learner.generator.set_state(state["shuffle_rng"])
+        self.generator.set_state(state["noise_rng"])
+        self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.best_success, self.wandb_id = state["best_success"], state["wandb_id"]
+        self._saved_at = self._logged_at = self.episodes
+        self.cursor = Cursor.at(self.policy, self.env.set_state(state["env"]))
+        checkpoint.set_rng_state(state["rng"])
+
+    def save(self) -> None:
+        """Write a checkpoint that ``--resume`` continues from, bit for bit."""
+        state = {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "best_success": self.best_success,
+            "wandb_id": self.wandb_id,
+            "policy_optimizer": self.learner.policy_optimizer.state_dict(),
+            "critic_optimizer": self.learner.critic_optimizer.state_dict(),
+            "return_normalizer": self.learner.normalizer.state_dict(),
+            "lr_scale": self.learner.lr_scale,
+            "shuffle_rng": self.learner.generator.get_state(),
+            "noise_rng": self.generator.get_state(),
+            "rng": checkpoint.rng_state(),
+            "env": self.env.get_state(),
+        }
+        checkpoint.save_checkpoint(
+            self.run_dir, self.iteration, self.policy.save_pretrained, {"policy": self.policy.trainable_state()}, state
+        )
+        checkpoint.prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
+        self._saved_at = self.episodes
+
+    # --- The verbs of the loop --------------------------------------------------------------------------------------
+
+    def iterations(self) -> Iterator[int]:
+        """Iteration numbers, from 1, until the episodes are used up or a signal came."""
+        while self.episodes < self.config.num_episodes and not self.stop_requested:
+            self._iteration_start = time.perf_counter()
+            self.iteration += 1
+            yield self.iteration
+
+    def rollout(self) -> RolloutBuffer:
+        """Act with exploration noise for whole episodes."""
+        c, start = self.config, time.perf_counter()
+        bounds = noise_bounds(
+            self.episodes / c.num_episodes, c.sigma_min, c.sigma_max, c.noise_schedule,
+            c.noise_decay_start, c.noise_decay_ratio,
+        )  # fmt: skip
+        self.policy.set_noise_bounds(*bounds)
+        buffer, info, self.cursor = collect_rollout(
+            self.policy, self.env, self.cursor, c.chunk_steps_per_rollout, self.spec, self.rollout_settings,
+            self.learner.normalizer, self.generator,
+        )  # fmt: skip
+        self.episodes += len(info.episodes)
+        self.metrics = _rollout_metrics(info) | {
+            "noise/sigma_min": bounds[0],
+            "noise/sigma_max": bounds[1],
+            "time/rollout": time.perf_counter() - start,
+        }
+        return buffer
+
+    def update(self, buffer: RolloutBuffer) -> None:
+        """One PPO update."""
+        c, start, done = self.config, time.perf_counter(), self.iteration - 1
+        self.metrics |= self.learner.update(
+            buffer,
+            warmup_lr(max(done - c.critic_warmup_iters, 0), c.lr_warmup_iterations),
+            in_critic_warmup(done, c.critic_warmup_iters),
+        )
+        self.metrics["time/update"] = time.perf_counter() - start
+
+    def due(self, interval: int, iteration: int) -> bool:
+        """Whether something that happens every ``interval`` iterations happens now; 0 is never."""
+        return interval > 0 and iteration % interval == 0
+
+    def evaluate(self) -> None:
+        """Noise-free success on tuning seeds; the best checkpoint is chosen by it."""
+        c = self.config
+        result = self._evaluate(c.eval_seed, c.eval_episodes)
+        self.metrics |= result.metrics() | {"time/eval": result.elapsed_s}
+        if result.success_rate > self.best_success:
+            self.best_success = result.success_rate
+            self.save()
+            checkpoint.mark_best(self.run_dir, self.iteration)
+
+    def _evaluate(self, first_seed: int, episodes: int) -> EvalResult:
+        return evaluate_policy(
+            self.policy, self.spec, env_config(self.config), range(first_seed, first_seed + episodes),
+            self.config.num_parallel_envs, self.device, self.config.num_threads or None,
+        )  # fmt: skip
+
+    def log(self) -> None:
+        """Metrics of this iteration to console, metrics.jsonl and wandb."""
+        self.metrics |= {
+            "progress/episodes": float(self.episodes),
+            "time/iteration": time.perf_counter() - self._iteration_start,
+        }
+        if self.episodes - self._logged_at >= self.config.log_interval:
+            self._logged_at = self.episodes
+            self.tracker.log(self.iteration, self.metrics)
+
+    def save_if_due(self) -> None:
+        """A checkpoint every ``save_interval`` episodes."""
+        if self.episodes - self._saved_at >= self.config.save_interval:
+            self.save()
+
+    def finish(self) -> None:
+        """Save where the loop ended; after a signal say how to go on."""
+        if self._saved_at < self.episodes:
+            self.save()
+        if self.stop_requested:
+            self.tracker.message(
+                f"stopped at {self.episodes} episodes; go on with: "
+                f"python train_reinflow.py --resume --output-dir {self.run_dir}"
+            )
+
+    def report(self, when: str) -> None:
+        """Noise-free success on the reporting seeds, before training and of the best checkpoint after it."""
+        if self.config.report_episodes == 0 or self.stop_requested or (when == "before" and self.iteration > 0):
+            return
+        if when == "after" and (self.run_dir / "checkpoints" / checkpoint.BEST).exists():
+            best = checkpoint.resolve_checkpoint(self.run_dir / "checkpoints" / checkpoint.BEST)
+            self.policy.load_trainable_state(checkpoint.load_training_state(best)[0]["policy"])
+        result = self._evaluate(self.config.report_seed, self.config.report_episodes)
+        write_eval_info(self.run_dir / f"eval_{when}.json", result.to_lerobot_info(TASK_GROUP))
+        self.tracker.message(f"{when} training, seeds from {self.config.report_seed}: {result.summary()}")
+
+
+def evaluate_policy(
+    policy: ReinFlowSmolVLA,
+    spec: ChainSpec,
+    env: EnvConfig,
+    seeds: range,
+    num_envs: int,
+    device: str,
+    num_threads: int | None = None,
+) -> EvalResult:
+    """Noise-free episodes on fixed seeds with the policy object that acts in rollouts.
+
+    x_0 comes from a generator seeded with the first seed, so that a repeated evaluation gives the same figures.
+    """
+    vector_env = make_vector_env(env, min(num_envs, len(seeds)), autoreset=False, num_threads=num_threads)
+    try:
+        return evaluate(noise_free_actor(policy, spec, seeds.start, device), vector_env, list(seeds))
+    finally:
+        vector_env.close()
+
+
+def noise_free_actor(
+    policy: FlowPolicy, spec: ChainSpec, seed: int, device: str
+) -> Callable[[dict[str, Any]], np.ndarray]:
+    """Observation -> actions by the chain with zero noise, which is LeRobot's own sampler."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def act_noise_free(observation: dict[str, Any]) -> np.ndarray:
+        context = policy.encode(policy.preprocess(observation))
+        return act(policy, context, spec, generator, deterministic=True)[1]
+
+    return act_noise_free
+
+
+def _rollout_metrics(info: RolloutInfo) -> dict[str, float]:
+    """Means over the episodes that ended in the rollout."""
+    episodes = info.episodes
+    metrics = {"time/rollout_env": info.seconds_env, "time/rollout_policy": info.seconds_policy}
+    if not episodes:
+        return metrics
+    metrics |= {
+        "rollout/success_rate": float(np.mean([e.success for e in episodes])),
+        "rollout/return_mean": float(np.mean([e.return_ for e in episodes])),
+        "rollout/episode_length": float(np.mean([e.length for e in episodes])),
+        "rollout/max_height": float(np.mean([e.max_height_m for e in episodes])),
+        "rollout/clipped_targets": float(np.mean([e.clipped_targets for e in episodes])),
+    }
+    for term in episodes[0].reward_terms:
+        metrics[f"reward/{term}"] = float(np.mean([e.reward_terms[term] for e in episodes]))
+    return metrics
