@@ -161,7 +161,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         env.close()
     path = write_eval_info(out / "eval_info.json", result.to_lerobot_info(TASK_GROUP))
     result.print(Console())
-    print(f"{result.summary()}\nwrote {path}")
+    print(f"wrote {path}")
     return result
 
 

@@ -8,19 +8,12 @@ their steps with the same code.
 
 from __future__ import annotations
 
-import os
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-if sys.platform == "linux":  # MuJoCo reads this when it is imported; its default there, GLFW, needs a display
-    os.environ.setdefault("MUJOCO_GL", "egl")
 
 import mujoco
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
@@ -47,7 +40,7 @@ GRIPPER_RANGE_RAD = 1.919862
 LIMIT_TOLERANCE_RAD = 1e-4  # a float32 target at a limit comes back up to 1e-6 rad outside: that is not a clipped one
 
 
-# --- Joint frames ------------------------------------------------------------------------------------------------------
+# --- Joint frames ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ def clip_to_limits(target_rad: ArrayLike, limits_rad: ArrayLike) -> tuple[Array,
     return clipped, np.asarray(np.count_nonzero(np.abs(target - clipped) > LIMIT_TOLERANCE_RAD, axis=-1))
 
 
-# --- The model ---------------------------------------------------------------------------------------------------------
+# --- The model ------------------------------------------------------------------------------------------------------
 
 
 def model_dir() -> Path:
@@ -184,7 +177,7 @@ def _block_is_free(model: mujoco.MjModel) -> bool:
     return bool(body.jntnum[0] == 1 and model.jnt_type[body.jntadr[0]] == mujoco.mjtJoint.mjJNT_FREE)
 
 
-# --- The state of the scene --------------------------------------------------------------------------------------------
+# --- The state of the scene -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -294,7 +287,7 @@ def _norm(vector: Array) -> Array:
     return np.sqrt(sum(vector[..., axis] * vector[..., axis] for axis in range(vector.shape[-1])))
 
 
-# --- Reward and success ------------------------------------------------------------------------------------------------
+# --- Reward and success ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -313,7 +306,8 @@ class RewardConfig:
     success_bonus: float = 5.0
 
 
-REWARD_MODES = ("seed", "staged")
+_SEED_TERMS = ("distance", "height_alignment", "contact")
+REWARD_TERMS = {"seed": _SEED_TERMS, "staged": (*_SEED_TERMS, "reach", "grasp", "lift", "success")}
 ALIGNED_HORIZONTAL_M = 0.1
 ALIGNED_ABOVE_M = 0.02
 GRASP_FORCE_N = 0.2
@@ -398,8 +392,3 @@ def is_success(state: SceneState, lift_threshold: float) -> NDArray[np.bool_]:
     asked.
     """
     return np.asarray(state.block_pos[..., 2] > lift_threshold)
-
-
-def as_plain_dict(instance: Any) -> dict[str, Any]:
-    """The fields of a flat dataclass as a dict, without copying their values."""
-    return {field.name: getattr(instance, field.name) for field in fields(instance)}

@@ -177,7 +177,7 @@ class TrainingRun:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.env.close()
-        self.tracker.close()
+        self.tracker.close(failed=kind is not None)
 
     def _request_stop(self, number: int, _frame: object) -> None:
         if self.stop_requested:
@@ -274,7 +274,7 @@ class TrainingRun:
         if result.success_rate > self.best_success:
             self.best_success = result.success_rate
             self.save()
-            checkpoint.mark_best(self.run_dir, self.iteration)
+            checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
 
     def _evaluate(self, first_seed: int, episodes: int) -> EvalResult:
         return evaluate_policy(

@@ -125,7 +125,7 @@ def _unpack(node: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
 
 def rng_state() -> dict[str, Any]:
     """State of torch's (CPU, and CUDA or MPS where in use), numpy's and Python's global generators, for the state."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is meant)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -150,7 +150,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     if missing:
         raise CheckpointError(f"RNG state lacks {sorted(missing)}")
     torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     random.setstate(state["python"])
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if state["cuda"] and len(state["cuda"]) == devices:

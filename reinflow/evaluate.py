@@ -142,11 +142,12 @@ class EvalResult:
             f"length {self.length_mean:.0f}, max height {100 * self.max_height_mean:.1f} cm, {self.elapsed_s:.0f} s"
         )
 
-    def to_lerobot_info(self, task_group: str = "task", task_id: int = 0) -> dict[str, Any]:
+    def to_lerobot_info(self, task_group: str, task_id: int = 0) -> dict[str, Any]:
         """eval_info.json as lerobot-eval 0.6 writes it (per_task, per_group, overall), with more beside.
 
-        ``task_group`` and ``task_id`` name the task as LeRobot's benchmarks do; we have one. Added to its keys: ``per_episode`` rows (those of its ``eval_policy``, plus length and height) and, in
-        ``overall``, the interval of ``pc_success`` and the means of length and height. All percentages are 0-100.
+        ``task_group`` and ``task_id`` name the task as LeRobot's benchmarks do; we have one. Added to its keys:
+        ``per_episode`` rows (those of its ``eval_policy``, plus length and height) and, in ``overall``, the interval
+        of ``pc_success`` and the means of length and height. All percentages are 0-100.
         """
         n = len(self.episodes)
         returns = [row.return_ for row in self.episodes]
@@ -257,15 +258,16 @@ def _play_batch(
             result: ChunkResult = vector_env.step_chunk(piece)
             if not result.active[sorted(pending)].any():
                 raise EvaluationError(f"environments {sorted(pending)} neither run nor report the end of an episode")
+            if rows and result.active[sorted(rows)].any():
+                raise EvaluationError("an ended environment goes on: make the vector env with autoreset=False")
             max_rewards = np.maximum(max_rewards, np.where(result.active, result.rewards, -np.inf).max(axis=1))
             observation = result.observation
             if frame_hook:
                 frame_hook(seeds, observation)
             for stats in result.episodes:
-                if stats.env in rows or stats.seed != padded[stats.env]:
+                if stats.seed != padded[stats.env]:
                     raise EvaluationError(
-                        f"environment {stats.env} ended an episode of seed {stats.seed} besides its own of seed "
-                        f"{padded[stats.env]}: make the vector env with autoreset=False"
+                        f"environment {stats.env} played seed {stats.seed} instead of {padded[stats.env]}"
                     )
                 rows[stats.env] = _row(stats, max_rewards[stats.env])
             pending -= rows.keys()

@@ -125,6 +125,8 @@ class PPOLearner:
             "critic/return_std": returns.std().item(),
             "critic/advantage_std": advantages.std().item(),
         }
+        # What the network itself put out: the clip range around it must not move with the statistics.
+        old_outputs = self.normalizer.normalize(buffer.value.flatten())
         self.normalizer.update(returns)
         active = buffer.active.flatten(0, 1)
         return Decisions(
@@ -133,7 +135,7 @@ class PPOLearner:
             log_prob=buffer.log_prob.flatten(0, 1),
             mask=group_mask(active, self.policy.action_dim, self.spec),
             advantage=ppo.normalize_advantages(advantages.flatten()),
-            value=self.normalizer.normalize(buffer.value.flatten()),
+            value=old_outputs,
             target=self.normalizer.normalize(returns.flatten()),
         ), metrics
 
@@ -201,12 +203,14 @@ class PPOLearner:
         """One optimiser step on the whole batch ``rows``, accumulated over minibatches."""
         s, log = self.settings, _MeanLog()
         self.policy_optimizer.zero_grad(set_to_none=True)
+        active_groups = data.mask[rows].sum()
         for part_rows in rows.split(s.minibatch_size):
             part = data[part_rows]
+            weight = part.mask.sum() / active_groups  # parts then add up to the full batch's mean
             score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
             loss, info = ppo.policy_loss(score.log_prob, part.log_prob, part.advantage, s.clip_epsilon, part.mask)
             entropy = score.entropy.mean()
-            ((loss - s.entropy_coeff * entropy) * (len(part_rows) / len(rows))).backward()
+            ((loss - s.entropy_coeff * entropy) * weight).backward()
             log.add({
                 "loss/policy": loss.item(),
                 "loss/entropy": entropy.item(),
@@ -227,15 +231,9 @@ class PPOLearner:
     @torch.no_grad()
     def _measure_kl(self, data: Decisions) -> float:
         """approx_kl of the current weights against the acting ones."""
-        total = 0.0
-        for rows in torch.arange(len(data)).split(self.settings.minibatch_size):
-            part = data[rows]
-            score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
-            _, info = ppo.policy_loss(
-                score.log_prob, part.log_prob, part.advantage, self.settings.clip_epsilon, part.mask
-            )
-            total += float(info["approx_kl"]) * len(rows)
-        return total / len(data)
+        parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
+        scores = [chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob for part in parts]
+        return float(ppo.approx_kl(torch.cat(scores), data.log_prob, data.mask))
 
     def _snapshot(self) -> tuple[list[Tensor], dict]:
         weights = [p.detach().clone() for p in self.policy.policy_parameters()]

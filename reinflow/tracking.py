@@ -6,7 +6,6 @@ one table of names: logging an unknown one is an error, so that every number has
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,21 +15,20 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self, SupportsFloat
+from typing import Any, Literal, Self, SupportsFloat
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Metrics = Mapping[str, SupportsFloat]
-SUCCESS = "rollout/success_recent"
+WandbMode = Literal["online", "offline", "off"]
 REWARD_FAMILY = "reward/"
 METRICS_FILE = "metrics.jsonl"
 
 METRICS: dict[str, str] = {
-    "progress/episodes": "Training episodes completed; the x axis of every other metric.",
-    "progress/iteration": "Iterations completed.",
+    "progress/iteration": "Iterations completed; the x axis of every other metric.",
+    "progress/episodes": "Training episodes completed.",
     "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
-    "rollout/success_recent": "The same over the last 200 training episodes: the success so far of the live line.",
     "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",
     "rollout/episode_length": "Mean control steps per episode.",
     "rollout/max_height": "Mean over episodes of the block's greatest height, metres.",
@@ -43,8 +41,8 @@ METRICS: dict[str, str] = {
     "ppo/ratio_min": "Smallest ratio of new to old probability seen in the iteration's updates.",
     "ppo/ratio_max": "Largest such ratio.",
     "ppo/ratio_mean": "Mean ratio; far from 1 means the old data no longer tells about the new policy.",
-    "ppo/approx_kl": "KL(old || new) per ratio group after the last policy step (k3 estimator).",
-    "ppo/ratio_error_before_update": "Largest |ratio - 1| before the first policy step; the guard stops above 1e-4.",
+    "ppo/approx_kl": "KL from the old to the new policy per ratio group after the last policy step (k3 estimator).",
+    "ppo/ratio_error_before_update": "Largest distance of a ratio from 1 before the first step; the guard allows 1e-4.",
     "ppo/explained_variance": "1 - Var[return - value] / Var[return] before the update: 1 is a perfect critic.",
     "ppo/epochs_done": "Passes over the rollout that the policy made before it stopped.",
     "ppo/optimizer_steps": "Optimiser steps of the policy.",
@@ -73,8 +71,8 @@ METRICS: dict[str, str] = {
     "eval/max_height": "Mean over evaluation episodes of the block's greatest height, metres.",
     "eval/episodes": "Number of evaluation episodes.",
     "time/rollout": "Seconds of the iteration's rollout.",
-    "time/env": "Seconds of it in the environments.",
-    "time/policy": "Seconds of it in the policy.",
+    "time/rollout_env": "Seconds of it in the environments.",
+    "time/rollout_policy": "Seconds of it in the policy.",
     "time/update": "Seconds of the iteration's update.",
     "time/eval": "Seconds of the evaluation.",
     "time/iteration": "Seconds of the whole iteration.",
@@ -98,26 +96,11 @@ def check_names(names: Sequence[str]) -> None:
         raise TrackingError(f"unknown metrics {unknown}: add them to reinflow.tracking.METRICS with an explanation")
 
 
-class TrackingConfig(Protocol):
-    """What tracking reads of a training configuration (a dataclass, shown by wandb as a whole)."""
-
-    @property
-    def num_episodes(self) -> int: ...
-    @property
-    def wandb_enabled(self) -> bool: ...
-    @property
-    def wandb_mode(self) -> Literal["online", "offline"]: ...
-    @property
-    def wandb_project(self) -> str: ...
-
-
 class Sink:
     """Where metrics go; this one drops them."""
 
-    run_id: str | None = None
-
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Take one iteration's metrics, ``progress/episodes`` among them."""
+        """Take one iteration's metrics, ``progress/iteration`` among them."""
 
     def progress(self, episodes: int) -> None:
         """Take the number of episodes done within an iteration."""
@@ -143,10 +126,10 @@ class PlainConsole(Sink):
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, metrics: Mapping[str, float]) -> str:
-        parts = [f"episodes {metrics['progress/episodes']:,.0f}/{self.num_episodes:,}"]
+        parts = [f"iteration {metrics['progress/iteration']:.0f}"]
         for name, template in (
-            ("progress/iteration", "iteration {:.0f}"),
-            (SUCCESS, "success {:.1%}"),
+            ("progress/episodes", f"episodes {{:,.0f}}/{self.num_episodes:,}"),
+            ("rollout/success_rate", "success {:.1%}"),
             ("rollout/return_mean", "return {:.2f}"),
             ("ppo/approx_kl", "KL {:.4f}"),
             ("training/clip_fraction", "clipped {:.0%}"),
@@ -156,7 +139,8 @@ class PlainConsole(Sink):
         ):
             if name in metrics:
                 parts.append(template.format(metrics[name]))
-        parts.append(f"ETA {self._eta(metrics['progress/episodes'])}")
+        if "progress/episodes" in metrics:
+            parts.append(f"ETA {self._eta(metrics['progress/episodes'])}")
         if {"eval/success_rate", "eval/ci_low", "eval/ci_high"} <= metrics.keys():
             rate, low, high = (metrics[f"eval/{name}"] for name in ("success_rate", "ci_low", "ci_high"))
             parts.append(f"eval {rate:.1%} [{low:.1%}, {high:.1%}]")
@@ -177,8 +161,9 @@ class LiveConsole(PlainConsole):
     def __init__(self, console: Console, num_episodes: int, episodes_done: int) -> None:
         super().__init__(console, num_episodes, episodes_done)
         self.bar = Progress(
-            TextColumn("episodes"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console, speed_estimate_period=300,
+            TextColumn("episodes"), MofNCompleteColumn(), BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            console=console, speed_estimate_period=300,
         )  # fmt: skip
         self.status = {"success": "-", "KL": "-"}
         self.task = self.bar.add_task("", total=num_episodes, completed=episodes_done, status=self._status())
@@ -190,13 +175,13 @@ class LiveConsole(PlainConsole):
     def log(self, metrics: Mapping[str, float]) -> None:
         super().log(metrics)
         for name, label, template in (
-            (SUCCESS, "success", "{:.1%}"),
+            ("rollout/success_rate", "success", "{:.1%}"),
             ("ppo/approx_kl", "KL", "{:.4f}"),
             ("eval/success_rate", "eval", "{:.1%}"),
         ):
             if name in metrics:
                 self.status[label] = template.format(metrics[name])
-        self.progress(int(metrics["progress/episodes"]))
+        self.progress(int(metrics.get("progress/episodes", self.bar.tasks[0].completed)))
 
     def progress(self, episodes: int) -> None:
         self.bar.update(self.task, completed=episodes, status=self._status())
@@ -208,10 +193,10 @@ class LiveConsole(PlainConsole):
 class JsonlSink(Sink):
     """metrics.jsonl: one JSON object per log call, flushed at once. A value that is not finite becomes null."""
 
-    def __init__(self, run_dir: Path, episodes_done: int) -> None:
+    def __init__(self, run_dir: Path, resumed_iteration: int | None) -> None:
         path = run_dir / METRICS_FILE
-        if path.exists():
-            truncate_metrics(path, episodes_done)
+        if resumed_iteration is not None and path.exists():
+            truncate_metrics(path, resumed_iteration)
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -229,40 +214,46 @@ def read_metrics(path: Path | str) -> list[dict[str, float | None]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def truncate_metrics(path: Path, episodes: int) -> None:
-    """Drop the lines after ``episodes``, which the resumed run will write again; atomically."""
-    kept = [line for line in read_metrics(path) if (line["progress/episodes"] or 0) <= episodes]
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the lines after ``iteration``, which the resumed run will write again; atomically."""
+    kept = [line for line in read_metrics(path) if (line["progress/iteration"] or 0) <= iteration]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run, over ``progress/episodes`` so that a resumed run draws over what it repeats."""
+    """A Weights & Biases run, over ``progress/iteration`` so that a resumed run draws over what it repeats."""
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, run_id: str | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        mode: Literal["online", "offline"],
+        project: str,
+        config: Mapping[str, Any],
+        run_id: str | None,
+    ) -> None:
         import wandb  # here: its import takes a second and no other sink needs it
 
         try:
             self.run = wandb.init(
-                project=config.wandb_project,
+                project=project,
                 name=run_dir.resolve().name,
                 dir=str(run_dir),
-                config=dataclasses.asdict(config),  # type: ignore[call-overload]  # a protocol cannot say "dataclass"
-                mode=config.wandb_mode,
+                config=dict(config),
+                mode=mode,
                 id=run_id,
-                # "must" would refuse to go on with a run that has been offline so far.
-                resume="allow" if run_id else None,
+                # "must" would refuse to go on with a run that was offline so far; offline, the id alone is enough.
+                resume="allow" if run_id and mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
             raise TrackingError(
-                f"Weights & Biases did not start: {error}. Log in with `wandb login`, write to disk with "
+                f"Weights & Biases did not start ({error}): log in with `wandb login`, write to disk with "
                 "--wandb-mode offline (then `wandb sync`), or turn it off with --no-wandb"
             ) from error
-        self.run_id = str(self.run.id)
-        self.run.define_metric("progress/episodes")
-        self.run.define_metric("*", step_metric="progress/episodes")
+        self.run.define_metric("progress/iteration")
+        self.run.define_metric("*", step_metric="progress/iteration")
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.run.log(dict(metrics))
@@ -274,56 +265,22 @@ class WandbSink(Sink):
 class Tracker:
     """Sends checked metrics to every sink. A context manager: leaving it closes the sinks."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[Sink], wandb_run_id: str | None = None) -> None:
         self.sinks = list(sinks)
+        self.wandb_run_id = wandb_run_id
 
-    @classmethod
-    def open(
-        cls,
-        config: TrackingConfig,
-        run_dir: Path | str,
-        episodes_done: int,
-        wandb_id: str | None,
-        console: Console | None = None,
-    ) -> Tracker:
-        """A tracker with console, metrics.jsonl and, if enabled, Weights & Biases.
-
-        Args:
-            config: the run's settings.
-            run_dir: run directory; made if missing.
-            episodes_done: training episodes at the checkpoint that the run resumes from, 0 for a new run; later
-                lines of metrics.jsonl are dropped, as the run will write them again.
-            wandb_id: Weights & Biases run to go on with; None starts one. Save ``Tracker.wandb_id`` in checkpoints.
-            console: where to print; stdout by default. A terminal gets a live bar, anything else plain lines.
-
-        Raises:
-            TrackingError: Weights & Biases cannot be started.
-        """
-        run_dir, console = Path(run_dir), console or Console()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        wandb = WandbSink(config, run_dir, wandb_id) if config.wandb_enabled else Sink()
-        jsonl = JsonlSink(run_dir, episodes_done)
-        # The live bar last: it must not be drawn when another sink fails to start.
-        style = LiveConsole if console.is_terminal else PlainConsole
-        return cls([wandb, jsonl, style(console, config.num_episodes, episodes_done)])
-
-    @property
-    def wandb_id(self) -> str | None:
-        """Id of the Weights & Biases run; None without one."""
-        return next((sink.run_id for sink in self.sinks if sink.run_id), None)
-
-    def log(self, metrics: Metrics, episodes: int) -> None:
+    def log(self, iteration: int, metrics: Metrics) -> None:
         """Log an iteration's metrics.
 
         Args:
+            iteration: iterations completed; logged as ``progress/iteration``.
             metrics: numbers or 0-dim tensors by the names of METRICS.
-            episodes: training episodes done; logged as ``progress/episodes``.
 
         Raises:
             TrackingError: a name has no explanation.
         """
         check_names(list(metrics))
-        numbers = {name: float(value) for name, value in metrics.items()} | {"progress/episodes": float(episodes)}
+        numbers = {name: float(value) for name, value in metrics.items()} | {"progress/iteration": float(iteration)}
         for sink in self.sinks:
             sink.log(numbers)
 
@@ -350,3 +307,44 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+def open_tracker(
+    run_dir: Path | str,
+    *,
+    config: Mapping[str, Any],
+    num_episodes: int,
+    episodes_done: int,
+    wandb_mode: WandbMode,
+    wandb_project: str,
+    wandb_run_id: str | None,
+    resumed_iteration: int | None,
+    console: Console | None = None,
+) -> Tracker:
+    """A tracker with console, metrics.jsonl and, unless ``wandb_mode`` is "off", Weights & Biases.
+
+    Args:
+        run_dir: run directory; made if missing.
+        config: JSON-able settings, shown by Weights & Biases.
+        num_episodes: training episodes in all.
+        episodes_done: of these, done before this session.
+        wandb_mode: "online", "offline" (kept in run_dir, for `wandb sync`) or "off" (wandb is not imported).
+        wandb_project: its project.
+        wandb_run_id: run to go on with; None starts one. Save ``Tracker.wandb_run_id`` in checkpoints.
+        resumed_iteration: iterations completed at the checkpoint that the run resumes from; later lines of
+            metrics.jsonl are dropped, as the run will write them again. None for a new run.
+        console: where to print; stdout by default. A terminal gets a live bar, anything else plain lines.
+
+    Raises:
+        TrackingError: Weights & Biases cannot be started.
+    """
+    run_dir, console = Path(run_dir), console or Console()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    wandb_sink = Sink()
+    if wandb_mode != "off":
+        wandb_sink = run = WandbSink(run_dir, wandb_mode, wandb_project, config, wandb_run_id)
+        wandb_run_id = str(run.run.id)
+    jsonl = JsonlSink(run_dir, resumed_iteration)
+    # The live bar last: it must not be drawn when another sink fails to start.
+    style = LiveConsole if console.is_terminal else PlainConsole
+    return Tracker([wandb_sink, jsonl, style(console, num_episodes, episodes_done)], wandb_run_id)

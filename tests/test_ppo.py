@@ -60,7 +60,8 @@ def test_time_limit_does_not_see_the_next_episode():
         rewards=column(1.0, 99.0),
         next_values=column(7.0, 1e3),
     )
-    assert advantages[0] == other[0] and returns[0] == other_returns[0]
+    assert advantages[0] == other[0]
+    assert returns[0] == other_returns[0]
     assert advantages[1] != other[1]
 
 
@@ -148,14 +149,16 @@ def test_unchanged_policy_has_ratio_one_and_the_policy_gradient():
     loss, info = ppo.policy_loss(log_prob, log_prob.detach(), advantages, 0.1)
     loss.backward()
     torch.testing.assert_close(log_prob.grad, -advantages[:, None].expand(6, 3) / 18)
-    assert float(info["approx_kl"]) == 0.0 and float(info["clip_fraction"]) == 0.0
+    assert float(info["approx_kl"]) == 0.0
+    assert float(info["clip_fraction"]) == 0.0
     assert all(not value.requires_grad and value.dim() == 0 for value in info.values())
 
 
 def test_clipped_samples_have_no_gradient():
     log_prob = torch.log(torch.tensor([[1.5], [0.5]])).requires_grad_()
     ppo.policy_loss(log_prob, torch.zeros(2, 1), torch.tensor([1.0, -1.0]), 0.2)[0].backward()
-    assert log_prob.grad is not None and not log_prob.grad.any()
+    assert log_prob.grad is not None
+    assert not log_prob.grad.any()
 
 
 def test_masked_groups_count_for_nothing_even_when_nan():
@@ -166,7 +169,8 @@ def test_masked_groups_count_for_nothing_even_when_nan():
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
     assert float(info["ratio_max"]) == pytest.approx(math.exp(0.2), rel=1e-6)
     loss.backward()
-    assert torch.isfinite(log_prob.grad).all() and log_prob.grad[0, 1] == 0
+    assert torch.isfinite(log_prob.grad).all()
+    assert log_prob.grad[0, 1] == 0
 
 
 def test_micro_batches_weighted_by_active_groups_make_the_full_loss():

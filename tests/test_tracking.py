@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,48 +21,48 @@ from reinflow.tracking import METRICS, Tracker, TrackingError, read_metrics
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Config:
-    """The fields that tracking reads."""
-
-    num_episodes: int = 100
-    wandb_enabled: bool = False
-    wandb_mode: str = "offline"
-    wandb_project: str = "tests"
-
-
 def console(terminal=False):
     return Console(file=io.StringIO(), force_terminal=terminal, width=160)
 
 
-def open_tracker(run_dir, episodes_done=0, out=None, **config):
-    return Tracker.open(Config(**config), run_dir, episodes_done, None, out or console())
+def open_tracker(run_dir, **changes):
+    arguments = {
+        "config": {"policy_lr": 1e-5},
+        "num_episodes": 100,
+        "episodes_done": 0,
+        "wandb_mode": "off",
+        "wandb_project": "tests",
+        "wandb_run_id": None,
+        "resumed_iteration": None,
+        "console": console(),
+    }
+    return tracking.open_tracker(run_dir, **(arguments | changes))
 
 
 def test_jsonl_lines_are_on_disk_at_once(tmp_path):
     with open_tracker(tmp_path) as tracker:
-        tracker.log({"ppo/approx_kl": torch.tensor(0.5), "ppo/explained_variance": math.nan, "reward/lift": 2}, 10)
+        tracker.log(1, {"ppo/approx_kl": torch.tensor(0.5), "ppo/explained_variance": math.nan, "reward/lift": 2})
         (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line == {
-        "ppo/approx_kl": 0.5, "ppo/explained_variance": None, "reward/lift": 2.0, "progress/episodes": 10.0,
+        "ppo/approx_kl": 0.5, "ppo/explained_variance": None, "reward/lift": 2.0, "progress/iteration": 1.0,
     }  # fmt: skip
 
 
 def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path):
     with open_tracker(tmp_path) as tracker:
-        for episodes in (10, 20, 30):
-            tracker.log({"loss/policy": 0.0}, episodes)
+        for iteration in (1, 2, 3):
+            tracker.log(iteration, {"loss/policy": 0.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"progress/episodes": 40.0, "los')  # the process died here
-    with open_tracker(tmp_path, episodes_done=20) as tracker:
-        tracker.log({"loss/policy": 1.0}, 30)
+        file.write('{"progress/iteration": 4.0, "los')  # the process died here
+    with open_tracker(tmp_path, resumed_iteration=2) as tracker:
+        tracker.log(3, {"loss/policy": 1.0})
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(line["progress/episodes"], line["loss/policy"]) for line in lines] == [(10, 0), (20, 0), (30, 1)]
+    assert [(line["progress/iteration"], line["loss/policy"]) for line in lines] == [(1, 0), (2, 0), (3, 1)]
 
 
 def test_unknown_names_are_refused(tmp_path):
     with open_tracker(tmp_path) as tracker, pytest.raises(TrackingError, match="ppo/aprox_kl"):
-        tracker.log({"ppo/aprox_kl": 0.1}, 1)
+        tracker.log(1, {"ppo/aprox_kl": 0.1})
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -72,7 +71,7 @@ def test_every_logged_name_is_explained_and_every_explanation_is_of_a_logged_nam
     text = "\n".join(path.read_text() for path in sources if path.name not in ("tracking.py", "doctor.py"))
     families = "|".join({name.split("/")[0] for name in METRICS})
     logged = set(re.findall(rf'"((?:{families})/[a-z_]+)"', text))
-    explained = {name for name in METRICS if "<" not in name}
+    explained = {name for name in METRICS if "<" not in name} - {"progress/iteration"}  # logged by the tracker
     assert {name for name in logged - explained if not name.startswith("reward/")} == set()
     assert explained - logged == set()
 
@@ -84,35 +83,35 @@ def test_the_table_renders():
 
 
 LOGGED = {
-    "progress/iteration": 3, "rollout/success_recent": 0.531, "ppo/approx_kl": 0.0123, "ppo/explained_variance": 0.5,
+    "progress/episodes": 50, "rollout/success_rate": 0.531, "ppo/approx_kl": 0.0123, "ppo/explained_variance": 0.5,
     "eval/success_rate": 0.8, "eval/ci_low": 0.7, "eval/ci_high": 0.9,
 }  # fmt: skip
 
 
 def test_plain_console_prints_one_readable_line(tmp_path):
     out = console()
-    with open_tracker(tmp_path, out=out) as tracker:
-        tracker.log(LOGGED, 50)
+    with open_tracker(tmp_path, console=out) as tracker:
+        tracker.log(3, LOGGED)
         tracker.progress(60)
         tracker.message("saved [000003]")
     line, message = out.file.getvalue().splitlines()
-    assert line.startswith("episodes 50/100  iteration 3  success 53.1%  KL 0.0123  EV 0.50  ETA 0:00:0")
+    assert line.startswith("iteration 3  episodes 50/100  success 53.1%  KL 0.0123  EV 0.50  ETA 0:00:0")
     assert line.endswith("eval 80.0% [70.0%, 90.0%]")
     assert message == "saved [000003]"
 
 
 def test_eta_is_unknown_before_the_first_episode_of_a_session(tmp_path):
     out = console()
-    with open_tracker(tmp_path, episodes_done=50, out=out) as tracker:
-        tracker.log({}, 50)
+    with open_tracker(tmp_path, episodes_done=50, console=out) as tracker:
+        tracker.log(1, {"progress/episodes": 50})
     assert "ETA ?" in out.file.getvalue()
 
 
 def test_terminal_gets_a_live_bar(tmp_path):
     out = console(terminal=True)
-    with open_tracker(tmp_path, out=out) as tracker:
+    with open_tracker(tmp_path, console=out) as tracker:
         assert isinstance(tracker.sinks[-1], tracking.LiveConsole)
-        tracker.log(LOGGED, 50)
+        tracker.log(3, LOGGED)
         tracker.progress(60)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.file.getvalue())
     assert re.search(r" 60/100 .*success 53.1%  KL 0.0123  eval 80.0%", shown)
@@ -143,14 +142,16 @@ class FakeWandb:
 def test_wandb_run_is_started_and_resumed_by_its_id(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with open_tracker(tmp_path, wandb_enabled=True) as tracker:
-        tracker.log({"loss/value": 2}, 10)
-        assert tracker.wandb_id == "new-id"
-    assert fake.init_args["mode"] == "offline" and fake.init_args["resume"] is None
-    assert fake.init_args["config"]["num_episodes"] == 100
-    assert fake.logged == [{"loss/value": 2.0, "progress/episodes": 10.0}] and fake.exit_code == 0
+    with open_tracker(tmp_path, wandb_mode="offline") as tracker:
+        tracker.log(1, {"loss/value": 2})
+        assert tracker.wandb_run_id == "new-id"
+    assert fake.init_args["mode"] == "offline"
+    assert fake.init_args["resume"] is None
+    assert fake.init_args["config"] == {"policy_lr": 1e-5}
+    assert fake.logged == [{"loss/value": 2.0, "progress/iteration": 1.0}]
+    assert fake.exit_code == 0
 
-    with pytest.raises(KeyError), Tracker.open(Config(wandb_enabled=True), tmp_path, 10, "new-id", console()):
+    with pytest.raises(KeyError), open_tracker(tmp_path, wandb_mode="online", wandb_run_id="new-id"):
         raise KeyError
     assert (fake.init_args["id"], fake.init_args["resume"], fake.exit_code) == ("new-id", "allow", 1)
 
@@ -158,14 +159,14 @@ def test_wandb_run_is_started_and_resumed_by_its_id(tmp_path, monkeypatch):
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails=True))
     with pytest.raises(TrackingError, match=r"API key.*wandb login.*--no-wandb"):
-        open_tracker(tmp_path, wandb_enabled=True)
+        open_tracker(tmp_path, wandb_mode="online")
 
 
 def test_wandb_is_not_imported_when_off(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests'); from test_tracking import *; from pathlib import Path\n"
-        f"with open_tracker(Path({str(tmp_path)!r})) as t: t.log({{}}, 1)\n"
-        "assert t.wandb_id is None and 'wandb' not in sys.modules"
+        f"with open_tracker(Path({str(tmp_path)!r})) as t: t.log(1, {{}})\n"
+        "assert t.wandb_run_id is None and 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
@@ -175,7 +176,7 @@ def test_one_failing_sink_does_not_keep_the_others_open(tmp_path):
         def close(self, failed):
             raise OSError("network is down")
 
-    jsonl = tracking.JsonlSink(tmp_path, 0)
+    jsonl = tracking.JsonlSink(tmp_path, None)
     with pytest.raises(OSError, match="network"):
         Tracker([Broken(), jsonl]).close()
     assert jsonl.file.closed
@@ -183,6 +184,6 @@ def test_one_failing_sink_does_not_keep_the_others_open(tmp_path):
 
 def test_metrics_file_is_plain_json(tmp_path):
     with open_tracker(tmp_path) as tracker:
-        tracker.log({"ppo/ratio_max": math.inf}, 1)
+        tracker.log(1, {"ppo/ratio_max": math.inf})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["ppo/ratio_max"] is None
