@@ -83,7 +83,7 @@ class Scenes:
     pixel: NDArray[np.float32]  # (n, C, 2) block centre, column and row in pixels
     visible: NDArray[np.int64]  # (n, C) 1 seen, GRID_NONE, GRID_IGNORE
     kind: NDArray[np.int64]  # (n,) 0 start pose, 1 expert trajectory, 2 near the block
-    metres_per_pixel: NDArray[np.float32]  # (n, C) at the block
+    metres_per_pixel: NDArray[np.float32]  # (n, C) at the block's depth
 
 
 # ------------------------------------------------------------------------------------------ scenes
@@ -238,3 +238,243 @@ def sample_scenes(config: PretrainConfig, cameras: tuple[str, ...], size: int, c
         kind=np.array([r["kind"] for r in records], dtype=np.int64),
         metres_per_pixel=np.array([r["metres_per_pixel"] for r in records], dtype=np.float32),
     )
+
+
+# --------------------------------------------------------------------------------------- the network
+
+
+class PerceptionNet:
+    """A policy's prefix with throw-away heads. B batch, C cameras, P image tokens per camera, W text width."""
+
+    def __init__(self, policy: SmolVLAPolicy, instruction: dict[str, Tensor]) -> None:
+        """`instruction`: tokens and mask (1, L) of the prompt, as the preprocessor makes them."""
+        from torch import nn
+
+        self.policy, self.instruction = policy, instruction
+        vlm = policy.model.vlm_with_expert.get_vlm_model()
+        width = policy.model.vlm_with_expert.config.text_config.hidden_size
+        cameras = len(policy.config.image_features)
+        self.detect = nn.ModuleList(nn.Linear(width, 3) for _ in range(cameras))
+        self.no_block = nn.Parameter(_zeros(cameras))
+        self.pose = nn.Linear(width, len(POSE_NAMES))
+        self.parameters = [
+            *(p for part in (vlm.vision_model, vlm.connector, vlm.text_model) for p in part.parameters()),
+            *policy.model.state_proj.parameters(),
+            *self.detect.parameters(),
+            self.no_block,
+            *self.pose.parameters(),
+        ]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self._tokens: list[Tensor] = []
+        vlm.connector.register_forward_hook(lambda _module, _inputs, output: self._tokens.append(output))
+
+    def __call__(self, images: dict[str, Tensor], state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Normalised inputs -> per camera (B, P, 3) presence logit and offset in the cell; pose (B, 11)."""
+        import torch
+        from lerobot.policies.common.vla_utils import make_att_2d_masks
+        from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+
+        flow = self.policy.model
+        self._tokens.clear()
+        batch = {f"observation.images.{name}": image for name, image in images.items()} | {OBS_STATE: state}
+        pixels, masks = self.policy.prepare_images(batch)
+        tokens, mask = (
+            self.instruction[key].expand(len(state), -1) for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+        )
+        embeddings, pad, attend = flow.embed_prefix(pixels, masks, tokens, mask, state=self.policy.prepare_state(batch))
+        (hidden, _), _ = flow.vlm_with_expert.forward(
+            attention_mask=make_att_2d_masks(pad, attend),
+            position_ids=torch.cumsum(pad, dim=1) - 1,
+            inputs_embeds=[embeddings, None],
+            use_cache=True,
+        )
+        scale = math.sqrt(embeddings.shape[-1])  # as embed_prefix scales them
+        return [head(t * scale) for head, t in zip(self.detect, self._tokens, strict=True)], self.pose(hidden[:, -1])
+
+
+def _zeros(size: int) -> Tensor:
+    import torch
+
+    return torch.zeros(size)
+
+
+def cell_of(pixel: Tensor, image_size: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Pixel (B, 2) -> index (B,) of its cell in a cells x cells grid, and offset (B, 2) from its centre in half cells."""
+    side = image_size / cells
+    column_row = (pixel / side).floor().clamp(0, cells - 1)
+    offset = pixel / side - column_row - 0.5
+    return (column_row[:, 1] * cells + column_row[:, 0]).long(), 2.0 * offset
+
+
+def perception_loss(
+    detections: list[Tensor], no_block: Tensor, pose: Tensor, labels: dict[str, Tensor], image_size: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Detection per camera (cross entropy over cells and "none", offset in the true cell) plus pose.
+
+    Args:
+        labels: pixel (B, C, 2), visible (B, C), pose (B, 11).
+    """
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    total, info = torch.zeros(()), {}
+    for camera, detection in enumerate(detections):
+        visible = labels["visible"][:, camera]
+        cells = math.isqrt(detection.shape[1])
+        cell, offset = cell_of(labels["pixel"][:, camera], image_size, cells)
+        logits = torch.cat([detection[..., 0], no_block[camera].expand(len(cell), 1)], dim=1)  # (B, P + 1)
+        target = torch.where(visible == 1, cell, torch.where(visible == GRID_NONE, cells**2, GRID_IGNORE))
+        presence = F.cross_entropy(logits, target, ignore_index=GRID_IGNORE)
+        seen = visible == 1
+        found = detection[torch.arange(len(cell)), cell, 1:][seen]
+        place = F.smooth_l1_loss(found, offset[seen], beta=0.1) if seen.any() else torch.zeros(())
+        total = total + presence + 2.0 * place
+        info[f"presence_{camera}"], info[f"place_{camera}"] = float(presence.detach()), float(place.detach())
+    error = F.smooth_l1_loss(pose, labels["pose"], beta=0.1, reduction="none")
+    # A block that no camera shows has no place to be learnt; the tool's follows from the joints.
+    known = (labels["visible"] == 1).any(dim=1, keepdim=True).float()
+    weight = torch.cat([known.expand(-1, 3), torch.ones(len(pose), 3), known.expand(-1, 3), 0.2 * known.expand(-1, 2)], 1)
+    pose_loss = (weight * error).sum() / weight.sum()
+    info["pose"] = float(pose_loss.detach())
+    return total + 4.0 * pose_loss, info
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def pretrain(config: PretrainConfig) -> dict[str, float]:
+    """Run the pre-training and write the policy directory with perception.json. Returns the held-out errors, mm."""
+    import torch
+    from lerobot.policies.factory import make_pre_post_processors
+    from rich.progress import track
+
+    from smolvla_tiny import export_policy, identity_stats, load_smolvla, refuse_existing, write_json
+
+    refuse_existing(config.output_dir)
+    policy, preprocessor, _ = load_smolvla(config.policy_dir)
+    cameras = tuple(key.removeprefix("observation.images.") for key in policy.config.image_features)
+    size = policy.config.resize_imgs_with_padding[0]
+    started = time.perf_counter()
+    train = sample_scenes(config, cameras, size, config.samples, 2 * config.seed)
+    held_out = sample_scenes(config, cameras, size, config.held_out, 2 * config.seed + 1)
+    print(f"rendered {config.samples + config.held_out} scenes in {time.perf_counter() - started:.0f} s")
+    stats = identity_stats()
+    stats["observation.state"] = {
+        "mean": torch.from_numpy(train.state.mean(0)),
+        "std": torch.from_numpy(train.state.std(0)),
+    }
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=stats)
+
+    torch.manual_seed(config.seed)
+    net = PerceptionNet(policy, prompt_tokens(preprocessor))
+    optimizer = torch.optim.AdamW(net.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 50, config.steps))
+    data = scene_tensors(train, stats)
+    order = torch.Generator().manual_seed(config.seed)
+    for step in track(range(config.steps), description="pre-training", disable=not _is_terminal()):
+        rows = torch.randint(len(train.state), (config.batch_size,), generator=order)
+        batch = {key: value[rows] for key, value in data.items()}
+        loss, info = perception_loss(*forward(net, batch, cameras), batch, size)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            figures = " ".join(f"{name} {value:.3f}" for name, value in info.items())
+            print(f"step {step + 1} {time.perf_counter() - started:.0f} s  {figures}", flush=True)
+        if (step + 1) % 500 == 0 and step + 1 < config.steps:
+            print(json.dumps(perception_errors(net, held_out, stats, size)), flush=True)
+    errors = perception_errors(net, held_out, stats, size)
+    export_policy(policy, preprocessor, postprocessor, config.output_dir)
+    record = {"errors": errors, "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}}
+    write_json(config.output_dir / "perception.json", record)
+    return errors
+
+
+def _is_terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Learning-rate factor: linear to 1 over `warmup` steps, then a cosine to 0 at `total`."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
+
+
+def prompt_tokens(preprocessor: Any, instruction: str = "pick up the block") -> dict[str, Tensor]:
+    """Tokens and mask (1, L) of an instruction, through the policy's own preprocessor."""
+    import torch
+
+    batch = preprocessor({"observation.state": torch.zeros(1, 6), "task": [instruction]})
+    return {key: value for key, value in batch.items() if key.startswith("observation.language")}
+
+
+def scene_tensors(scenes: Scenes, stats: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Scenes as tensors, the state normalised as the preprocessor does it; images stay uint8."""
+    import torch
+
+    state = (torch.from_numpy(scenes.state) - stats["observation.state"]["mean"]) / stats["observation.state"]["std"]
+    labels = {key: torch.from_numpy(getattr(scenes, key)) for key in ("pose", "pixel", "visible")}
+    return {camera: torch.from_numpy(images) for camera, images in scenes.images.items()} | labels | {"state": state}
+
+
+def forward(
+    net: PerceptionNet, batch: dict[str, Tensor], cameras: tuple[str, ...]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Detections, the "none" logits (C,) and the pose of one batch of scene tensors."""
+    detections, pose = net({camera: batch[camera].float() / 255.0 for camera in cameras}, batch["state"])
+    return detections, net.no_block, pose
+
+
+def perception_errors(
+    net: PerceptionNet, scenes: Scenes, stats: dict[str, dict[str, torch.Tensor]], size: int
+) -> dict[str, float]:
+    """Held-out errors in mm (median and 90th percentile) by camera, and of the state token's hidden state."""
+    import torch
+
+    cameras, data = tuple(scenes.images), scene_tensors(scenes, stats)
+    detections: list[list[Tensor]] = [[] for _ in cameras]
+    poses = []
+    with torch.no_grad():
+        for start in range(0, len(scenes.state), 100):
+            batch = {key: value[start : start + 100] for key, value in data.items()}
+            found, _, pose = forward(net, batch, cameras)
+            poses.append(pose)
+            for camera, detection in enumerate(found):
+                detections[camera].append(detection)
+    errors = {}
+    for camera, name in enumerate(cameras):
+        detection = torch.cat(detections[camera])
+        cells = math.isqrt(detection.shape[1])
+        best = detection[..., 0].argmax(dim=1)
+        centre = torch.stack([best % cells, best // cells], dim=1) + 0.5 + 0.5 * detection[torch.arange(len(best)), best, 1:]
+        metres_per_pixel = torch.from_numpy(scenes.metres_per_pixel[:, camera])
+        off = (centre * (size / cells) - data["pixel"][:, camera]).norm(dim=1) * metres_per_pixel * 1e3
+        errors |= _summary(name, off[(data["visible"][:, camera] == 1)])
+        if name == "camera_up":
+            errors |= _summary("camera_up_start", off[(data["visible"][:, camera] == 1) & torch.from_numpy(scenes.kind == 0)])
+    off = (torch.cat(poses) - data["pose"])[:, :9].unflatten(1, (3, 3)).norm(dim=2) * POSE_SCALE_M * 1e3  # (n, 3)
+    known = (data["visible"] == 1).any(dim=1)
+    start = torch.from_numpy(scenes.kind == 0)
+    errors |= _summary("state_token_block_start", off[known & start, 0])
+    errors |= _summary("state_token_tool", off[:, 1])
+    return errors | _summary("state_token_block_in_gripper", off[known & ~start, 2])
+
+
+def _summary(name: str, values: Tensor) -> dict[str, float]:
+    return {f"{name}_median_mm": round(float(values.median()), 2), f"{name}_p90_mm": round(float(values.quantile(0.9)), 2)}
+
+
+def main() -> None:
+    """reinflow-pretrain."""
+    import tyro
+
+    config = tyro.cli(PretrainConfig, description=PretrainConfig.__doc__)
+    print(json.dumps(pretrain(config), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -209,6 +209,9 @@ def build_policy(config: TinyConfig) -> None:
     torch.manual_seed(config.seed)
     with quiet():
         policy = SmolVLAPolicy(smolvla_config)
+    # The policy multiplies image tokens by sqrt(width) before the language model: start them at unit size there.
+    projection = policy.model.vlm_with_expert.get_vlm_model().connector.modality_projection.proj
+    torch.nn.init.normal_(projection.weight, std=(projection.in_features * config.text_hidden_size) ** -0.5)
     preprocessor, postprocessor = make_pre_post_processors(smolvla_config, dataset_stats=identity_stats())
     export_policy(policy, preprocessor, postprocessor, config.output_dir)
 

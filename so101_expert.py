@@ -7,7 +7,7 @@ descend, close, lift. The phase that a plan starts in follows from the clock and
 re-planned in the middle of an episode, and a perturbed arm that has lost its place falls back to an earlier phase.
 Nothing is random: the same arguments give the same plan.
 
-Angles are radians, lengths metres. Joint order: shoulder_pan, shoulder_lift, elbow_flex, wrist_flex, wrist_roll, gripper.
+Angles are radians, lengths metres. The joint order is that of `JOINT_NAMES`.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ GRASP_SHIFT = 0.0035  # along the closing axis, towards the moving jaw: leaves a
 MAX_JOINT_SPEED = 4.5  # rad/s at the peak of a motion; the servos saturate near 4.9 (2.94 N m over damping 0.6)
 MIN_PHASE_STEPS = 8
 JAW_HOLDING_RAD = np.deg2rad(14.0)  # jaws around the 25 mm block touch it at about 7 degrees
+UP = np.array([0.0, 0.0, 1.0])
 MINIMUM_JERK_PEAK = 1.875  # peak speed of a minimum-jerk motion over its mean speed
 
 
@@ -82,7 +83,8 @@ class ScriptedExpert:
             block_pos: (3,) block centre in the world, m.
             block_yaw_rad: rotation of the block about z; any of its four equivalent values.
             start_step: control step of the episode at which the plan starts.
-            num_steps: control steps of the whole episode.
+            num_steps: control steps of the whole episode. The phases keep their clock: fewer than about 140 cut the
+                lift short, more hold it longer.
 
         Returns:
             (num_steps - start_step, 6) targets in radians, within the joint ranges.
@@ -102,20 +104,20 @@ class ScriptedExpert:
     # Waypoints
 
     def _waypoint_paths(self, q_rad: np.ndarray, block_pos: np.ndarray, block_yaw_rad: float) -> dict[str, np.ndarray]:
-        """Joint knots (k, 6) of each phase; all but the approach do not depend on `q_rad`, save for the choice of face."""
+        """Joint knots (k, 6) of each phase; past the approach `q_rad` only decides which faces to grasp."""
         radial = block_pos[:2] - self._shoulder_xy
         distance = float(np.linalg.norm(radial))
         tilt = approach_tilt_rad(distance)
         # The seed depends on the block alone, so that a re-plan from a perturbed state finds the same waypoints.
         seed = np.array([np.arctan2(radial[0], radial[1]), 0.0, 0.2, 1.2, q_rad[4], JAW_OPEN_RAD])
-        above = block_pos + [0.0, 0.0, HOVER_HEIGHT]
+        above = block_pos + HOVER_HEIGHT * UP
         over = self._solve(seed, above, tilt, None)
         yaw = self._nearest_face_yaw(over, block_yaw_rad)
         shift = GRASP_SHIFT * np.array([np.cos(yaw), np.sin(yaw), 0.0])
         over = self._solve(over, above + shift, tilt, yaw)
         descent = [over]
         for height in np.linspace(HOVER_HEIGHT, 0.0, 5)[1:]:
-            descent.append(self._solve(descent[-1], block_pos + shift + [0.0, 0.0, height], tilt, yaw))
+            descent.append(self._solve(descent[-1], block_pos + shift + height * UP, tilt, yaw))
         around = descent[-1]
         grasped = np.append(around[:5], JAW_CLOSED_RAD)
         # Higher up only a tilted hand is within reach; the wrist keeps its roll, as the block is now turned with it.
@@ -132,7 +134,7 @@ class ScriptedExpert:
         }
 
     def _rise(self, q_rad: np.ndarray, block_pos: np.ndarray) -> list[np.ndarray]:
-        """No knot, or one straight above a low tool that is so near the block that going there directly would push it."""
+        """No knot, or one straight above a tool so low and near that its direct way to the block would push it."""
         self._forward(q_rad)
         tool = self._data.site_xpos[self._tool_id].copy()
         gap = float(np.linalg.norm(tool[:2] - block_pos[:2]))
@@ -141,13 +143,13 @@ class ScriptedExpert:
         if rise < 1e-3:
             return []
         tilt = float(np.arcsin(np.clip(self._radial_lean(), -1.0, 1.0)))
-        risen = self._solve(q_rad, tool + [0.0, 0.0, rise], tilt, None)
+        risen = self._solve(q_rad, tool + rise * UP, tilt, None)
         if self._block_in_jaws(q_rad, block_pos):  # let go of it on the way up, but do not open onto one outside
             risen[5] = max(risen[5], 0.5 * JAW_OPEN_RAD)
         return [risen]
 
     def _nearest_face_yaw(self, q_rad: np.ndarray, block_yaw_rad: float) -> float:
-        """World yaw of the closing axis across a pair of the block's faces that takes the least wrist roll from here."""
+        """World yaw of the closing axis across two of the block's faces that takes the least wrist roll from here."""
         self._forward(q_rad)
         now = np.arctan2(*self._gripper_axes()[1::-1, 0])
         turn = block_yaw_rad - now
@@ -201,9 +203,7 @@ class ScriptedExpert:
             q_rad[free] = np.clip(q_rad[free] + step, self._range_rad[free, 0], self._range_rad[free, 1])
         return q_rad
 
-    def _task_error(
-        self, target: np.ndarray, tilt_rad: float, yaw_rad: float | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _task_error(self, target: np.ndarray, tilt_rad: float, yaw_rad: float | None) -> tuple[np.ndarray, np.ndarray]:
         """Residual (4 or 5,) and its Jacobian (4 or 5, 6) at the pose last passed to `_forward`."""
         jac_pos, jac_rot = np.zeros((3, self._model.nv)), np.zeros((3, self._model.nv))
         mujoco.mj_jacSite(self._model, self._data, jac_pos, jac_rot, self._tool_id)
@@ -244,7 +244,7 @@ class ScriptedExpert:
         return next(name for name in earlier if ready[name])
 
     def _block_in_jaws(self, q_rad: np.ndarray, block_pos: np.ndarray) -> bool:
-        """Whether the block's centre lies between the fingertips, so that closing or centring the jaws will not miss."""
+        """Whether the block's centre lies between the fingertips, so that centring and closing will not miss."""
         self._forward(q_rad)
         axes, tool = self._gripper_axes(), self._data.site_xpos[self._tool_id]
         across, along, deep = axes.T @ (block_pos - tool)

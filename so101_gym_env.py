@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import mujoco
@@ -32,13 +32,13 @@ __all__ = ["EnvConfig", "SO101PickEnv", "make_spaces"]
 OBSERVED_LIMIT_MARGIN_RAD = 0.2  # joint limits are soft: a pressed joint is observed a little outside
 
 
-class SO101PickEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
+class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
     """An SO-101 arm picks up a red block.
 
     Observation: `agent_pos` (6,) float32 in the joint frame's units, `pixels` {camera: (h, w, 3) uint8} unless
-    `render_images` is off, and `environment_state` (S,) float32 if asked for. Action: absolute joint targets (6,) in the
-    same units; targets outside the limits are clipped and counted. Terminated: lifted (`info["is_success"]`). Truncated:
-    `max_steps_per_episode` control steps.
+    `render_images` is off, and `environment_state` (S,) float32 if asked for. Action: absolute joint targets (6,) in
+    the same units; targets outside the limits are clipped and counted. Terminated: lifted (`info["is_success"]`).
+    Truncated: `max_steps_per_episode` control steps.
 
     Args:
         config: None for the defaults.
@@ -47,7 +47,7 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         overrides: fields of `EnvConfig`, for `gymnasium.make("so101/SO101Pick-v0", randomize_block=True)`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 50}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012, gymnasium's own form
 
     def __init__(
         self,
@@ -87,8 +87,7 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             self._np_random, self._np_random_seed = seeding.np_random(seed)
         self.scene.reset(self.data, self.np_random, options)
         self._row, self._ended = self.scene.layout.row(self.data), False
-        next_seed, index = (seed, 0) if seed is not None else (self.episode.seed, self.episode.episode_index + 1)
-        self.episode.begin(next_seed, index, self.scene.block_height(self._row))
+        self.episode.begin_after(seed, self.scene.block_height(self._row))
 
     @property
     def row(self) -> Array:
@@ -109,8 +108,8 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
         Returns:
             The observation after the last executed step; rewards (n,), 0 after the end; terminated; truncated; and info
-            with `is_success`, `block_height_m`, `clipped_targets` (executed steps with a clipped target), `reward_terms`
-            {name: (n,)} and `active` (n,) bool, the executed steps.
+            with `is_success`, `block_height_m`, `clipped_targets` (executed steps with a clipped target),
+            `reward_terms` {name: (n,)} and `active` (n,) bool, the executed steps.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
@@ -173,7 +172,7 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             self._renderer = self.scene.make_renderer()
         return self._renderer.render(self.row[: self.model.nq])
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """All cameras side by side (h, cameras * w, 3) uint8; None without render_mode="rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
@@ -194,13 +193,13 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         integration = np.asarray(state["integration"], dtype=np.float64)
         expected = mujoco.mj_stateSize(self.model, INTEGRATION_STATE)
         if integration.shape != (expected,):
-            raise ValueError(f"state has integration {integration.shape}, this scene needs ({expected},): another model?")
+            raise ValueError(f"state has {integration.shape}, this scene needs ({expected},): another model?")
         mujoco.mj_resetData(self.model, self.data)
         mujoco.mj_setState(self.model, self.data, integration, INTEGRATION_STATE)
         self._row, self._ended = np.array(state["row"], dtype=np.float64), bool(state["ended"])
         self._np_random = seeding.np_random(0)[0]
         self._np_random.bit_generator.state = state["rng"]
-        self.episode = EpisodeLog(**{**state["episode"], "reward_terms": dict(state["episode"]["reward_terms"])})
+        self.episode = EpisodeLog.restored(state["episode"])
         return self.observation()
 
     def close(self) -> None:

@@ -145,7 +145,7 @@ def load_model(model_path: str | Path | None = None, cameras: tuple[str, ...] = 
     model = mujoco.MjModel.from_xml_path(str(path))
     missing = _missing_elements(model, cameras)
     if missing:
-        raise ValueError(f"{path} lacks what the environment reads: {', '.join(missing)}. Name them as model/scene.xml does")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: name these elements as model/scene.xml does")
     return model
 
 
@@ -182,7 +182,7 @@ def _block_is_free(model: mujoco.MjModel) -> bool:
 
 @dataclass(frozen=True)
 class SceneState:
-    """What reward, success and critics read. Arrays with any leading dimensions (...), float64, SI units, world frame."""
+    """What reward, success and critics read: float64 arrays, any leading dimensions (...), SI units, world frame."""
 
     tool_pos: Array  # (..., 3) m, the point between the fingertips
     block_pos: Array  # (..., 3) m, the block's centre

@@ -96,15 +96,16 @@ class EnvConfig:
             _require(numbers, name, value, f"give {size} finite numbers")
         for name in ("block_angle_deg", "block_yaw_deg", "start_noise_deg"):
             _require(0.0 <= getattr(self, name) <= 180.0, name, getattr(self, name), "use 0 to 180 degrees")
-        for name in ("contact_bonus", "height_alignment_bonus", "grasp_scale", "lift_scale", "success_bonus", "reach_scale"):
+        bonuses = ("contact_bonus", "height_alignment_bonus")
+        for name in (*bonuses, "reach_scale", "grasp_scale", "lift_scale", "success_bonus"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0.0, name, value, "use a finite number of at least 0")
         _require(self.reach_length > 0.0, "reach_length", self.reach_length, "use a distance above 0, such as 0.05 m")
         low, high = self.block_radius_range
-        _require(0.0 < low <= high, "block_radius_range", (low, high), "order it as (nearest, farthest), both above 0 m")
+        _require(0.0 < low <= high, "block_radius_range", (low, high), "order it as (nearest, farthest), above 0 m")
         above = self.block_pos[2] < self.lift_threshold
         _require(above, "lift_threshold", self.lift_threshold, f"use more than the block's start {self.block_pos[2]} m")
-        _require(bool(self.instruction.strip()), "instruction", self.instruction, "say what to do, e.g. 'pick up the block'")
+        _require(bool(self.instruction.strip()), "instruction", self.instruction, "say what to do")
         _require(len(set(self.cameras)) == len(self.cameras), "cameras", self.cameras, "name each camera once")
         seen = bool(self.cameras) or not self.render_images
         _require(seen, "cameras", self.cameras, "name at least one camera, or set render_images=False")
@@ -165,9 +166,11 @@ class EpisodeLog:
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
 
-    def begin(self, seed: int | None, episode_index: int, height_m: float) -> None:
-        """Starts over for a new episode."""
-        self.seed, self.episode_index, self.max_height_m = seed, episode_index, height_m
+    def begin_after(self, seed: int | None, height_m: float) -> None:
+        """Starts over: for the first episode of `seed`, or for the next one of the seed before if it is None."""
+        self.episode_index = 0 if seed is not None else self.episode_index + 1
+        self.seed = seed if seed is not None else self.seed
+        self.max_height_m = height_m
         self.length, self.return_, self.clipped_targets, self.reward_terms = 0, 0.0, 0, {}
 
     def record(self, score: ChunkScore, row: int) -> None:
@@ -182,6 +185,11 @@ class EpisodeLog:
         for name, values in score.terms.items():
             for value in values[row, :steps].tolist():
                 self.reward_terms[name] = self.reward_terms.get(name, 0.0) + value
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> EpisodeLog:
+        """From `dataclasses.asdict` of another one."""
+        return cls(**{**values, "reward_terms": dict(values["reward_terms"])})
 
     def stats(self, env: int, success: bool) -> EpisodeStats:
         """The finished episode as `EpisodeStats` of environment `env`."""
@@ -322,7 +330,7 @@ class PickScene:
         position = tuple(options.pop("block_pos", position))
         yaw = float(options.pop("block_yaw_rad", yaw))
         if options or len(position) != 3:
-            raise ValueError(f"reset options are block_pos (3 numbers) and block_yaw_rad; got {position}, {sorted(options)}")
+            raise ValueError(f"reset takes block_pos (3 numbers) and block_yaw_rad; got {position}, {sorted(options)}")
         start = self._draw_start(rng)
         mujoco.mj_resetData(self.model, data)
         data.qpos[self.layout.joint_qpos] = start
@@ -378,8 +386,8 @@ class PickScene:
         ended_before = np.logical_or.accumulate(success, axis=1)[:, :-1]
         active = used <= config.max_steps_per_episode
         active[:, 1:] &= ~ended_before
-        terminated = (success & active).any(axis=1)
-        truncated = ~terminated & (active & (used == config.max_steps_per_episode)).any(axis=1)
+        terminated = np.asarray((success & active).any(axis=1))
+        timed_out = np.asarray((active & (used == config.max_steps_per_episode)).any(axis=1))
         terms = {
             name: np.where(active, values, 0.0)
             for name, values in compute_reward(self.layout.scene_state(previous), state, config.reward).items()
@@ -389,14 +397,16 @@ class PickScene:
             terms=terms,
             active=active,
             terminated=terminated,
-            truncated=truncated,
+            truncated=timed_out & ~terminated,
             lengths=active.sum(axis=1),
             heights=state.block_pos[..., 2],
             clipped=clipped,
             environment_states=self._environment_states(rows, used, active) if config.environment_state else None,
         )
 
-    def _environment_states(self, rows: Array, used: NDArray[np.int64], active: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def _environment_states(
+        self, rows: Array, used: NDArray[np.int64], active: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
         states = self.environment_state(rows, used)
         return np.where(active[..., None], states, np.float32(0.0))
 

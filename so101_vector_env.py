@@ -337,7 +337,7 @@ class SequentialVectorEnv(InProcessVectorEnv):
             single = {name: state[name][row] for name in ("integration", "ended")}
             single |= {"row": state["rows"][row], "rng": state["rngs"][row], "episode": state["episodes"][row]}
             self._current.write(row, env.set_state(single))
-        self._ended, self._started = np.array(state["ended"], dtype=bool), True
+        self._ended[:], self._started = state["ended"], True
         return self._current.read()
 
 
@@ -428,9 +428,9 @@ class BatchedVectorEnv(InProcessVectorEnv):
         self._check_state(state)
         integration = np.array(state["integration"], dtype=np.float64)
         if integration.shape != self._integration.shape:
-            raise ValueError(f"state has {integration.shape}, this scene needs {self._integration.shape}: another model?")
-        self._integration, self._rows = integration, np.array(state["rows"], dtype=np.float64)
-        self._ended, self._started = np.array(state["ended"], dtype=bool), True
+            raise ValueError(f"state is {integration.shape}, this scene's {self._integration.shape}: another model?")
+        self._integration[:], self._rows[:] = integration, state["rows"]
+        self._ended[:], self._started = state["ended"], True
         self._rngs = [restored_generator(rng) for rng in state["rngs"]]
         self._logs = [EpisodeLog.restored(episode) for episode in state["episodes"]]
         for env in range(self.num_envs):

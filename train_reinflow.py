@@ -13,10 +13,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from reinflow import UserError
+from training_checks import check_config, starting_point
 
 PI = 3.141592653589793
 
@@ -204,8 +206,6 @@ class TrainingConfig:
     """Threads of torch and MuJoCo; 0 takes all cores."""
 
     def __post_init__(self) -> None:
-        from training_checks import check_config
-
         check_config(self)
 
     @property
@@ -279,18 +279,16 @@ def train(config: TrainingConfig) -> None:
 
 def parse_args(argv: Sequence[str]) -> TrainingConfig:
     """Flags over the chosen preset, or over the saved config.json with --resume."""
-    from training_checks import ConfigError, starting_point
-
-    try:
-        default = starting_point(argv, PRESETS)
-        return tyro.cli(TrainingConfig, args=list(argv), default=default, description=__doc__)
-    except ConfigError as error:
-        sys.exit(f"train_reinflow: {error}")
+    default = starting_point(argv, PRESETS)
+    return tyro.cli(TrainingConfig, args=list(argv), default=default, description=__doc__)
 
 
 def main() -> None:
     """Console entry point."""
-    train(parse_args(sys.argv[1:]))
+    try:
+        train(parse_args(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"train_reinflow: {error}")
 
 
 if __name__ == "__main__":

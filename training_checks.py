@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reinflow import UserError
+
 if TYPE_CHECKING:
     from train_reinflow import TrainingConfig
 
@@ -30,7 +32,7 @@ NOT_NEGATIVE = (
 FRACTIONS = ("gamma", "gae_lambda", "noise_decay_start", "noise_decay_ratio")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the field and the remedy."""
 
 

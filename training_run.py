@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 TASK_GROUP = "so101_pick"
+POLICY_CARD = "reinflow.json"
 
 
 def matching_fields(config: TrainingConfig, target: type) -> dict[str, Any]:
@@ -50,6 +51,17 @@ def env_config(config: TrainingConfig) -> EnvConfig:
     if not path.exists() and not path.is_absolute():
         path = model_dir() / path.name
     return EnvConfig(**(settings | {"model_path": str(path)}))
+
+
+def policy_card(config: TrainingConfig) -> dict[str, Any]:
+    """What a policy directory says of its training: environment, chain, and the policy it started from.
+
+    LeRobot ignores the file. Paths stay out of it: a policy travels.
+    """
+    env = dataclasses.asdict(env_config(config))
+    env.pop("model_path")
+    chain = {name: getattr(config, name) for name in ("n_action_steps", "sigma_min", "sigma_max")}
+    return {"env": env, "chain": dataclasses.asdict(chain_spec(config)) | chain, "base": config.policy_path}
 
 
 def chain_spec(config: TrainingConfig) -> ChainSpec:
@@ -161,7 +173,7 @@ class TrainingRun:
     @classmethod
     def _resume(cls, config: TrainingConfig) -> TrainingRun:
         run_dir = Path(config.output_dir)
-        saved = config_from_json(json.loads((run_dir / "config.json").read_text()), type(config))
+        saved = config_from_json(json.loads((run_dir / "config.json").read_text()) | {"resume": True}, type(config))
         check_resumed(config, saved)
         run = cls(config, run_dir)
         run._load(checkpoint.resolve_checkpoint(run_dir))
@@ -218,10 +230,15 @@ class TrainingRun:
             "env": self.env.get_state(),
         }
         checkpoint.save_checkpoint(
-            self.run_dir, self.iteration, self.policy.save_pretrained, {"policy": self.policy.trainable_state()}, state
+            self.run_dir, self.iteration, self._write_policy, {"policy": self.policy.trainable_state()}, state
         )
         checkpoint.prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
         self._saved_at = self.episodes
+
+    def _write_policy(self, directory: Path) -> None:
+        """A stock LeRobot policy, with the environment it was trained in beside it for reinflow-eval."""
+        self.policy.save_pretrained(directory)
+        (directory / POLICY_CARD).write_text(json.dumps(policy_card(self.config), indent=2) + "\n")
 
     # --- The verbs of the loop --------------------------------------------------------------------------------------
 

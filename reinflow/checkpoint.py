@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reinflow import UserError
+
 FORMAT = 1
 CHECKPOINTS, PRETRAINED, TRAINING = "checkpoints", "pretrained_model", "training_state"
 LAST, BEST = "last", "best"
@@ -39,7 +41,7 @@ _ARRAY, _TUPLE, _ITEMS = "__array__", "__tuple__", "__items__"
 TensorGroups = dict[str, dict[str, Tensor]]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, found or trusted; the message names the file or key and the remedy."""
 
 

@@ -20,6 +20,8 @@ from typing import Any, Literal, Self, SupportsFloat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from reinflow import UserError
+
 Metrics = Mapping[str, SupportsFloat]
 WandbMode = Literal["online", "offline", "off"]
 REWARD_FAMILY = "reward/"
@@ -79,7 +81,7 @@ METRICS: dict[str, str] = {
 }
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError, RuntimeError):
     """A metric is unknown, or a tracker cannot be started; the message says what to do."""
 
 

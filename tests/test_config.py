@@ -91,7 +91,7 @@ def test_preset_is_the_base_of_other_flags():
 
 
 def test_unknown_preset_and_bad_flag_exit_with_the_name(capsys):
-    with pytest.raises(SystemExit, match="preset=huge"):
+    with pytest.raises(ConfigError, match="preset=huge"):
         parse_args(["--preset", "huge"])
     with pytest.raises(SystemExit):
         parse_args(["--sigma-min", "0.9"])
@@ -118,9 +118,9 @@ def test_resume_keeps_settings_but_may_run_longer():
 
 
 def test_resume_without_a_run_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="resume"):
+    with pytest.raises(ConfigError, match="resume"):
         parse_args(["--resume"])
-    with pytest.raises(SystemExit, match="output_dir"):
+    with pytest.raises(ConfigError, match="output_dir"):
         parse_args(["--resume", "--output-dir", str(tmp_path)])
 
 

@@ -1,0 +1,153 @@
+"""train_reinflow.py end to end on the real environment and a real (random) tiny SmolVLA."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reinflow.checkpoint import load_training_state, resolve_checkpoint
+from reinflow.tracking import METRICS, read_metrics
+from train_reinflow import PRESETS, TrainingConfig, train
+from training_checks import ConfigError
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("time/",)
+
+
+@pytest.fixture
+def small(tiny_policy_dir, tmp_path) -> TrainingConfig:
+    """Two environments, one episode each per iteration, everything real."""
+    return replace(
+        PRESETS["tiny"], pretrained_path=str(tiny_policy_dir), output_dir=str(tmp_path / "run"), num_episodes=8,
+        num_parallel_envs=2, episodes_per_iteration=2, minibatch_size=3, gradient_accumulation_steps=1,
+        num_ppo_epochs=1, num_critic_epochs=1, critic_warmup_iters=1, lr_warmup_iterations=2, save_interval=4,
+        eval_interval=2, eval_episodes=2, report_episodes=0, wandb_enabled=False, device="cpu", num_threads=1,
+    )  # fmt: skip
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def test_two_plus_resume_equals_four_straight(small, tmp_path):
+    train(small)
+    straight = tmp_path / "run"
+    resumed = replace(small, output_dir=str(tmp_path / "resumed"), num_episodes=4)
+    train(resumed)
+    train(replace(resumed, resume=True, num_episodes=8))
+    first, second = (load_training_state(resolve_checkpoint(d)) for d in (straight, tmp_path / "resumed"))
+    for name, tensor in first[0]["policy"].items():
+        assert torch.equal(tensor, second[0]["policy"][name]), name
+    for optimizer in ("policy_optimizer", "critic_optimizer"):
+        for index, moments in first[1][optimizer]["state"].items():
+            for name, value in moments.items():
+                assert torch.equal(value, second[1][optimizer]["state"][index][name])
+    assert metrics_of(straight) == metrics_of(tmp_path / "resumed")
+    assert first[1]["iteration"] == second[1]["iteration"] == 4
+
+
+def test_run_directory(small, tmp_path):
+    train(replace(small, num_episodes=4))
+    run = tmp_path / "run"
+    assert json.loads((run / "config.json").read_text())["num_episodes"] == 4
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["progress/episodes"] for row in rows] == [2, 4]
+    assert all(name in METRICS or name.startswith("reward/") for row in rows for name in row)
+    assert rows[0]["lr/policy"] == 0 and rows[1]["lr/policy"] > 0  # critic warm-up, then warm-up of the rate
+    assert rows[1]["ppo/ratio_error_before_update"] < 1e-4
+    assert "eval/success_rate" in rows[1]
+    for link in ("last", "best"):
+        checkpoint = run / "checkpoints" / link
+        assert checkpoint.is_symlink()
+        assert (checkpoint / "pretrained_model" / "model.safetensors").exists()
+        assert (checkpoint / "training_state").is_dir()
+    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".pth")]
+
+
+def test_policy_changes_and_the_frozen_prefix_does_not(small, tmp_path, tiny_policy_dir):
+    train(replace(small, num_episodes=6, policy_lr=1e-3, undo_overshoot=False))
+    before = load_file(tiny_policy_dir / "model.safetensors")
+    after = load_file(tmp_path / "run/checkpoints/last/pretrained_model/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("lm_expert" in name for name in changed) and any("action_out_proj" in name for name in changed)
+    assert not [name for name in changed if ".vlm." in name or "state_proj" in name]
+
+
+def test_best_checkpoint_is_a_stock_policy_for_reinflow_eval(small, tmp_path):
+    from reinflow_eval import EvalConfig, find_policy, run_eval, stored_env
+
+    train(replace(small, num_episodes=4))
+    policy_dir = find_policy(str(tmp_path / "run"))
+    env = stored_env(policy_dir)
+    assert env.reward_mode == "staged" and env.randomize_block and env.image_size == 96
+    result = run_eval(EvalConfig(
+        policy_path=str(tmp_path / "run"), output_dir=str(tmp_path / "eval"), episodes=3, seed=20, env=env,
+        num_parallel_envs=2, video=True, video_episodes=1,
+    ))  # fmt: skip
+    assert len(result.episodes) == 3
+    info = json.loads((tmp_path / "eval/eval_info.json").read_text())
+    assert 0 <= info["overall"]["pc_success"] <= 100
+    assert (tmp_path / "eval/video.mp4").stat().st_size > 1000
+
+
+def test_evaluation_is_reproducible_and_equals_the_trainers(small, tmp_path):
+    from reinflow_eval import EvalConfig, run_eval, stored_env
+
+    train(replace(small, num_episodes=2, report_episodes=2))
+    run = tmp_path / "run"
+    results = [
+        run_eval(EvalConfig(
+            policy_path=str(run), output_dir=str(tmp_path / f"eval{i}"), episodes=2, num_parallel_envs=2,
+            env=stored_env(run / "checkpoints/last/pretrained_model"),
+        ))
+        for i in range(2)
+    ]  # fmt: skip
+    assert results[0].episodes == results[1].episodes
+    trainer = json.loads((run / "eval_after.json").read_text())["per_episode"]
+    assert [e["sum_reward"] for e in trainer] == pytest.approx([e.return_ for e in results[0].episodes], abs=1e-6)
+
+
+def test_signal_saves_and_exits_cleanly(small, tmp_path):
+    config = replace(small, num_episodes=100_000, save_interval=100_000, eval_interval=0)
+    code = f"from train_reinflow import *; train(TrainingConfig(**{config.__dict__!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.time() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--resume --output-dir" in out
+    _, state = load_training_state(resolve_checkpoint(tmp_path / "run"))
+    assert state["episodes"] == len(read_metrics(metrics)) * 2
+
+
+def test_wandb_offline_run_is_written(small, tmp_path):
+    train(replace(small, num_episodes=2, wandb_enabled=True, wandb_mode="offline"))
+    assert list((tmp_path / "run").rglob("*.wandb"))
+
+
+def test_what_does_not_fit_the_policy_is_refused_at_start(small):
+    with pytest.raises(ConfigError, match="cameras"):
+        train(replace(small, cameras=("camera_up",)))
+    with pytest.raises(ConfigError, match="model_type"):
+        train(replace(small, model_type="pi0"))
+    with pytest.raises(ConfigError, match="chunk_size"):
+        train(replace(small, chunk_size=60))
+
+
+def test_hub_path_without_hub_says_what_to_do(small):
+    from smolvla_tiny import PolicyDirectoryError
+
+    with pytest.raises(PolicyDirectoryError, match=r"lerobot/smolvla_base.*hf download"):
+        train(replace(small, pretrained_path="lerobot/smolvla_base"))
