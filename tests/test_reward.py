@@ -1,6 +1,7 @@
 """Reward terms on hand-made states, and what simple behaviours earn in an episode."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ BASE = SceneState(
     joint_pos_rad=np.zeros(6),
     joint_vel=np.zeros(6),
 )
-ABOVE = replace(BASE, tool_pos=BASE.block_pos + [0.0, 0.05, 0.03])
+ABOVE = replace(BASE, tool_pos=BASE.block_pos + np.array([0.0, 0.05, 0.03]))
 TOUCHING = replace(BASE, tool_pos=BASE.block_pos, moving_jaw_force=np.array([0.01, 0.0, 0.0]))
 GRASPED = replace(TOUCHING, fixed_jaw_force=np.array([4.0, 0.5, 0.0]), moving_jaw_force=np.array([-4.0, 0.0, 0.3]))
 LIFTED = replace(GRASPED, block_pos=np.array([0.3, 0.4, 0.081]), tool_pos=np.array([0.3, 0.4, 0.081]))
@@ -38,11 +39,11 @@ def total(previous: SceneState, state: SceneState, config: RewardConfig) -> floa
         (TOUCHING, {"distance": 0.0, "height_alignment": 0.0, "contact": 0.1}),
         # Level with the block, or 10 cm to the side: not aligned above.
         (
-            replace(BASE, tool_pos=BASE.block_pos + [0.05, 0.0, 0.02]),
+            replace(BASE, tool_pos=BASE.block_pos + np.array([0.05, 0.0, 0.02])),
             {"distance": -np.hypot(0.05, 0.02), "height_alignment": 0.0, "contact": 0.0},
         ),
         (
-            replace(BASE, tool_pos=BASE.block_pos + [0.1, 0.0, 0.03]),
+            replace(BASE, tool_pos=BASE.block_pos + np.array([0.1, 0.0, 0.03])),
             {"distance": -np.hypot(0.1, 0.03), "height_alignment": 0.0, "contact": 0.0},
         ),
     ],
@@ -61,7 +62,7 @@ def test_grasp_needs_two_opposing_forces() -> None:
 
 def test_staged_terms_sum_to_differences_whatever_the_path() -> None:
     path = [BASE, ABOVE, TOUCHING, GRASPED, TOUCHING, ABOVE, GRASPED, TOUCHING, BASE]
-    there_and_back = sum(total(a, b, STAGED) for a, b in zip(path, path[1:], strict=False))
+    there_and_back = sum(total(a, b, STAGED) for a, b in pairwise(path))
     assert there_and_back == pytest.approx(0.0, abs=1e-12)
 
 
@@ -69,7 +70,7 @@ def test_staged_pays_for_progress_and_not_for_staying() -> None:
     for state in (BASE, ABOVE, TOUCHING, GRASPED):
         assert total(state, state, STAGED) == 0.0
     stages = [BASE, ABOVE, TOUCHING, GRASPED, LIFTED]
-    rewards = [total(a, b, STAGED) for a, b in zip(stages, stages[1:], strict=False)]
+    rewards = [total(a, b, STAGED) for a, b in pairwise(stages)]
     assert min(rewards) > 0.0
     lift = compute_reward(GRASPED, LIFTED, STAGED)
     assert lift["lift"] == pytest.approx(STAGED.lift_scale)
