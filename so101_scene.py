@@ -58,11 +58,11 @@ class EnvConfig:
     steps_per_action: int = 10
     # Time limit in control steps: 150 is 3 s, three chunks of 50.
     max_steps_per_episode: int = 150
-    # Metres above the floor: clearly lifted, not just nudged.
-    lift_threshold: float = 0.08
+    # Metres above the floor.
+    lift_threshold: float = RewardConfig.lift_threshold
     instruction: str = "pick up the block"
     # Metres; where the block starts unless randomised, and its height in any case.
-    block_pos: tuple[float, float, float] = (0.0, 0.3, 0.0125)
+    block_pos: tuple[float, float, float] = (0.0, 0.3, RewardConfig.block_rest_height)
     randomize_block: bool = False
     # Metres from the robot's base axis, degrees to either side of straight ahead, degrees of turn to either side.
     block_radius_range: tuple[float, float] = (0.20, 0.28)
@@ -73,15 +73,15 @@ class EnvConfig:
     # Uniform noise on every starting joint, degrees to either side.
     start_noise_deg: float = 0.0
     # "seed" is the documented formula; "staged" cannot be farmed by staying (so101_mujoco_utils.compute_reward).
-    reward_mode: str = "seed"
-    contact_bonus: float = 0.1
-    height_alignment_bonus: float = 0.05
-    # Scales of the staged mode; reach_length is the distance in metres that earns half of reach_scale.
-    reach_scale: float = 1.0
-    reach_length: float = 0.05
-    grasp_scale: float = 1.0
-    lift_scale: float = 2.0
-    success_bonus: float = 5.0
+    reward_mode: str = RewardConfig.mode
+    contact_bonus: float = RewardConfig.contact_bonus
+    height_alignment_bonus: float = RewardConfig.height_alignment_bonus
+    # What each of these multiplies is in the table of compute_reward; their defaults and reasons in RewardConfig.
+    reach_scale: float = RewardConfig.reach_scale
+    reach_length: float = RewardConfig.reach_length
+    grasp_scale: float = RewardConfig.grasp_scale
+    lift_scale: float = RewardConfig.lift_scale
+    success_bonus: float = RewardConfig.success_bonus
     # Units of actions and agent_pos: a key of so101_mujoco_utils.FRAMES.
     joint_frame: str = "lerobot"
 
@@ -211,7 +211,7 @@ class SceneRenderer:
     cost several times what the rest of the image does.
 
     Args:
-        model: its off-screen buffer is enlarged if it is smaller than `size`.
+        model: its off-screen buffer is set to `size`.
         cameras: names, in the order of the images.
         size: pixels, height and width.
 
@@ -222,8 +222,7 @@ class SceneRenderer:
     def __init__(self, model: mujoco.MjModel, cameras: tuple[str, ...], size: int) -> None:
         self.cameras, self.size = cameras, size
         self._model, self._data = model, mujoco.MjData(model)
-        model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
-        model.vis.global_.offheight = max(model.vis.global_.offheight, size)
+        model.vis.global_.offwidth = model.vis.global_.offheight = size  # a larger buffer is cleared for nothing
         backend = os.environ.get("MUJOCO_GL", "").lower() or ("egl" if sys.platform == "linux" else "")
         try:
             self._gl = _gl_context_class(backend)(size, size)

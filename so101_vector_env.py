@@ -171,7 +171,6 @@ class InProcessVectorEnv(ChunkVectorEnv):
     """What the forms in this process share: results, episodes, autoreset. Subclasses hold and step the simulations.
 
     Args:
-        scene: None loads the one of the configuration.
         buffers: where the current and the final observations are kept; None allocates.
     """
 
@@ -218,8 +217,7 @@ class InProcessVectorEnv(ChunkVectorEnv):
 
     def step_chunk(self, actions: ArrayLike) -> ChunkResult:
         """See `ChunkVectorEnv.step_chunk`."""
-        if not self._started:
-            raise RuntimeError("call reset(seeds) before step_chunk")
+        self._check_started()
         values = self._check_actions(actions)
         live = np.flatnonzero(~self._ended)
         score = self._spread(self._advance(values[live], live), live, values.shape[1])
@@ -241,6 +239,10 @@ class InProcessVectorEnv(ChunkVectorEnv):
             environment_states=score.environment_states,
             episodes=episodes,
         )
+
+    def _check_started(self) -> None:
+        if not self._started:
+            raise RuntimeError("call reset(seeds) before anything else")
 
     def _spread(self, scores: list[ChunkScore], live: NDArray[np.int64], n: int) -> ChunkScore:
         """Scores of the live environments -> one score of all N, zeros for those that had ended before."""
@@ -321,6 +323,7 @@ class SequentialVectorEnv(InProcessVectorEnv):
 
     def get_state(self) -> dict[str, Any]:
         """See `ChunkVectorEnv.get_state`."""
+        self._check_started()
         states = [env.get_state() for env in self.envs]
         return {
             "integration": np.stack([state["integration"] for state in states]),
@@ -415,6 +418,7 @@ class BatchedVectorEnv(InProcessVectorEnv):
 
     def get_state(self) -> dict[str, Any]:
         """See `ChunkVectorEnv.get_state`."""
+        self._check_started()
         return {
             "integration": self._integration.copy(),
             "rows": self._rows.copy(),

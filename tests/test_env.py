@@ -33,7 +33,7 @@ def wander(env: SO101PickEnv, steps: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [SMALL, BLIND, EnvConfig(image_size=32)])
 def test_gymnasium_contract_without_warnings(config: EnvConfig) -> None:
-    """All but one: gymnasium advises actions in -1..1 for learners that need them; ours are joint targets, by design."""
+    """All but one: gymnasium advises actions within -1..1; ours are joint targets, by design."""
     env = gymnasium.make("so101/SO101Pick-v0", config=config, render_mode="rgb_array")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -59,6 +59,14 @@ def test_observation_and_attributes() -> None:
     assert frame is not None
     assert frame.shape == (32, 64, 3)
     np.testing.assert_array_equal(frame[:, :32], observation["pixels"]["camera_up"])
+    env.close()
+
+
+def test_made_by_name_with_fields_of_the_config() -> None:
+    env = gymnasium.make("so101/SO101Pick-v0", image_size=32, cameras=("camera_side",), randomize_block=True)
+    observation, _ = env.reset(seed=0)
+    assert observation["pixels"]["camera_side"].shape == (32, 32, 3)
+    assert env.render_mode is None
     env.close()
 
 

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 
 from so101_expert import ScriptedExpert
 from so101_gym_env import EnvConfig, SO101PickEnv
+from so101_mujoco_utils import model_dir
 from so101_vector_env import ChunkResult, ChunkVectorEnv, make_vector_env
 
 FORMS = ("sequential", "subproc", "batched")
 NUM_ENVS, CHUNK = 3, 40
-# 105 is no multiple of the chunk: the time limit falls inside one. Experts lift before it or after it.
+# 125 is no multiple of the chunk: the time limit falls inside one, and so does the expert's lift, some steps earlier.
 CONFIG = EnvConfig(
     image_size=24,
     cameras=("camera_up", "wrist_camera"),
@@ -216,7 +219,23 @@ def test_the_number_of_threads_does_not_matter() -> None:
     for threads in (1, 3):
         with make_vector_env(BLIND, 5, "batched", num_threads=threads) as env:
             seen.append(run(env, seeds, actions))
-    assert_same(*seen)
+    assert_same(seen[0], seen[1])
+
+
+def test_an_unstable_simulation_is_an_error_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file in the working directory
+    spec = mujoco.MjSpec.from_file(str(model_dir() / "scene.xml"))
+    spec.option.timestep = 0.02
+    for actuator in spec.actuators:
+        actuator.forcerange, actuator.gainprm[0], actuator.biasprm[1] = [-1e7, 1e7], 1e7, -1e7
+    path = tmp_path / "unstable.xml"
+    path.write_text(spec.to_xml())
+    actions = 100.0 * np.random.default_rng(0).normal(size=(2, 20, 6))
+    for form in FORMS:
+        with make(form, replace(BLIND, model_path=str(path)), num_envs=2) as env:
+            env.reset([1, 2])
+            with pytest.raises(RuntimeError, match=r"environment 0 \(seed 1\) became unstable"):
+                env.step_chunk(actions)
 
 
 def test_wrong_calls_are_refused() -> None:
@@ -227,6 +246,8 @@ def test_wrong_calls_are_refused() -> None:
     with make("batched", BLIND, num_envs=2) as env:
         with pytest.raises(RuntimeError, match="reset"):
             env.step_chunk(np.zeros((2, 5, 6)))
+        with pytest.raises(RuntimeError, match="reset"):
+            env.get_state()
         with pytest.raises(ValueError, match="1 seeds for 2"):
             env.reset([1])
         env.reset([1, 2])

@@ -1,0 +1,61 @@
+"""The wheel, installed elsewhere, finds its scene and its policy; generated notes are up to date."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from reinflow.tracking import metrics_markdown
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The wheel's content, unpacked far from the checkout."""
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)], cwd=ROOT, check=True)
+    (wheel,) = out.glob("*.whl")
+    target = out / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+def run_there(installed: Path, code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=installed.parent, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    ).stdout  # fmt: skip
+
+
+def test_wheel_finds_scene_and_policy(installed):
+    code = (
+        "import so101_mujoco_utils as u; u.load_model(None); d = u.model_dir(); print(d)\n"
+        "from smolvla_tiny import load_smolvla; p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)\n"
+        "from train_reinflow import PRESETS; from training_run import env_config; print(env_config(PRESETS['tiny']).model_path)"
+    )
+    lines = run_there(installed, code).split()
+    assert lines[0] == str(installed / "so101_model") and lines[-2] == "50"
+    assert lines[-1].startswith(str(installed))
+
+
+def test_wheel_holds_every_command(installed):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    checks = "\n".join(
+        f"import {module}; {module}.{function}"
+        for module, function in (target.split(":") for target in project["scripts"].values())
+    )
+    run_there(installed, checks)
+
+
+def test_wheel_leaves_nothing_out(installed):
+    shipped = {p.name for p in installed.glob("*.py")}
+    assert shipped == {p.name for p in ROOT.glob("*.py")}
+
+
+def test_metrics_page_is_the_table():
+    assert metrics_markdown() in (ROOT / "notes/metrics.md").read_text()
