@@ -89,7 +89,8 @@ def stored_env(policy_dir: Path) -> EnvConfig:
     stored = stored_settings(policy_dir).get("env")
     if stored:
         known = {f.name for f in fields(EnvConfig)}
-        return EnvConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+        return EnvConfig(**values)
     features = json.loads((policy_dir / "config.json").read_text()).get("input_features", {})
     images = {k.split(".")[-1]: f["shape"] for k, f in features.items() if f.get("type") == "VISUAL"}
     if not images:

@@ -97,9 +97,9 @@ class ReinFlowSmolVLA(nn.Module):
         # bf16 weights do not move at fine-tuning learning rates; what learns is fp32.
         flow.vlm_with_expert.lm_expert.float()
         device = next(flow.parameters()).device
-        self.noise_mlp = NoiseHead(
-            flow.vlm_with_expert.expert_hidden_size, self.action_dim, sigma_min, sigma_max
-        ).to(device)
+        self.noise_mlp = NoiseHead(flow.vlm_with_expert.expert_hidden_size, self.action_dim, sigma_min, sigma_max).to(
+            device
+        )
         self.critic = ReinFlowCritic(flow.vlm_with_expert.config.text_config.hidden_size, critic_hidden_size).to(device)
         self._expert_features: Tensor | None = None
         flow.action_out_proj.register_forward_pre_hook(self._keep_expert_features)

@@ -215,8 +215,10 @@ class SceneSampler:
         if not red.any():
             return (column, row), GRID_NONE, depth / focal
         reach = int(0.012 * focal / depth) + 1
-        window = red[max(0, int(row) - reach) : int(row) + reach + 1, max(0, int(column) - reach) : int(column) + reach + 1]
-        return (column, row), 1 if inside and window.mean() > 0.3 else GRID_IGNORE, depth / focal
+        rows = slice(max(0, int(row) - reach), int(row) + reach + 1)
+        columns = slice(max(0, int(column) - reach), int(column) + reach + 1)
+        seen = inside and red[rows, columns].mean() > 0.3
+        return (column, row), 1 if seen else GRID_IGNORE, depth / focal
 
 
 def sample_scenes(config: PretrainConfig, cameras: tuple[str, ...], size: int, count: int, seed: int) -> Scenes:
@@ -334,7 +336,9 @@ def perception_loss(
     error = F.smooth_l1_loss(pose, labels["pose"], beta=0.1, reduction="none")
     # A block that no camera shows has no place to be learnt; the tool's follows from the joints.
     known = (labels["visible"] == 1).any(dim=1, keepdim=True).float()
-    weight = torch.cat([known.expand(-1, 3), torch.ones(len(pose), 3), known.expand(-1, 3), 0.2 * known.expand(-1, 2)], 1)
+    weight = torch.cat(
+        [known.expand(-1, 3), torch.ones(len(pose), 3), known.expand(-1, 3), 0.2 * known.expand(-1, 2)], 1
+    )
     pose_loss = (weight * error).sum() / weight.sum()
     info["pose"] = float(pose_loss.detach())
     return total + 4.0 * pose_loss, info
@@ -450,12 +454,16 @@ def perception_errors(
         detection = torch.cat(detections[camera])
         cells = math.isqrt(detection.shape[1])
         best = detection[..., 0].argmax(dim=1)
-        centre = torch.stack([best % cells, best // cells], dim=1) + 0.5 + 0.5 * detection[torch.arange(len(best)), best, 1:]
+        centre = (
+            torch.stack([best % cells, best // cells], dim=1) + 0.5 + 0.5 * detection[torch.arange(len(best)), best, 1:]
+        )
         metres_per_pixel = torch.from_numpy(scenes.metres_per_pixel[:, camera])
         off = (centre * (size / cells) - data["pixel"][:, camera]).norm(dim=1) * metres_per_pixel * 1e3
         errors |= _summary(name, off[(data["visible"][:, camera] == 1)])
         if name == "camera_up":
-            errors |= _summary("camera_up_start", off[(data["visible"][:, camera] == 1) & torch.from_numpy(scenes.kind == 0)])
+            errors |= _summary(
+                "camera_up_start", off[(data["visible"][:, camera] == 1) & torch.from_numpy(scenes.kind == 0)]
+            )
     off = (torch.cat(poses) - data["pose"])[:, :9].unflatten(1, (3, 3)).norm(dim=2) * POSE_SCALE_M * 1e3  # (n, 3)
     known = (data["visible"] == 1).any(dim=1)
     start = torch.from_numpy(scenes.kind == 0)
@@ -465,7 +473,10 @@ def perception_errors(
 
 
 def _summary(name: str, values: Tensor) -> dict[str, float]:
-    return {f"{name}_median_mm": round(float(values.median()), 2), f"{name}_p90_mm": round(float(values.quantile(0.9)), 2)}
+    return {
+        f"{name}_median_mm": round(float(values.median()), 2),
+        f"{name}_p90_mm": round(float(values.quantile(0.9)), 2),
+    }
 
 
 def main() -> None:

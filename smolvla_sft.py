@@ -272,7 +272,9 @@ def with_action_statistics(
     from lerobot.processor import NormalizerProcessorStep
 
     stored = next(step.stats for step in preprocessor.steps if isinstance(step, NormalizerProcessorStep))
-    stats = {"observation.state": {name: torch.as_tensor(stored["observation.state"][name]) for name in ("mean", "std")}}
+    stats = {
+        "observation.state": {name: torch.as_tensor(stored["observation.state"][name]) for name in ("mean", "std")}
+    }
     stats["action"] = {name: torch.from_numpy(value).float() for name, value in data.stats["action"].items()}
     return make_pre_post_processors(policy.config, dataset_stats=stats)
 
@@ -301,11 +303,16 @@ def finetune(config: SftConfig) -> dict[str, Any]:
     rng = np.random.default_rng(config.seed)
     batches = TrainingBatches(data, policy, preprocessor, cache=not config.train_vision)
     parameters = trainable_parameters(policy, config.train_vision)
-    print(f"{episodes} episodes, {len(data.images)} cameras, ready after {time.perf_counter() - started:.0f} s", flush=True)
+    print(
+        f"{episodes} episodes, {len(data.images)} cameras, ready after {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 50, config.steps))
     config.output_dir.mkdir(parents=True)
-    write_json(config.output_dir / "sft.json", {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()})
+    write_json(
+        config.output_dir / "sft.json", {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    )
     record: dict[str, Any] = {}
     losses: list[float] = []
     training_s = 0.0
@@ -319,7 +326,9 @@ def finetune(config: SftConfig) -> dict[str, Any]:
                 "step": step,
                 "loss": round(float(np.mean(losses[-100:])), 5),
                 "samples_per_s": round(step * config.batch_size / training_s, 1),
-                "action_error": action_errors(policy, postprocessor, batches, config, range(available, len(data.state))),
+                "action_error": action_errors(
+                    policy, postprocessor, batches, config, range(available, len(data.state))
+                ),
                 "success": evaluate_success(policy, preprocessor, postprocessor, config),
             }
             save(config, policy, preprocessor, postprocessor, record)
@@ -373,7 +382,10 @@ def action_errors(
         with batches.vision(policy, episode, frame):
             predicted = policy.predict_action_chunk(batches.observations(episode, frame), noise=noise)
         truth, beyond = chunk_at(
-            torch.from_numpy(batches.data.action), torch.from_numpy(episode), torch.from_numpy(frame), predicted.shape[1]
+            torch.from_numpy(batches.data.action),
+            torch.from_numpy(episode),
+            torch.from_numpy(frame),
+            predicted.shape[1],
         )
         off = (postprocessor(predicted) - truth).abs()[~beyond]
         errors[f"t{decision}"] = [round(float(value), 2) for value in off.mean(dim=0)]
@@ -386,13 +398,14 @@ def task_environment(config: SftConfig, policy: SmolVLAPolicy) -> Any:
 
     cameras = tuple(key.removeprefix(IMAGES) for key in policy.config.image_features)
     size = policy.config.resize_imgs_with_padding[0]
-    return EnvConfig(
-        cameras=cameras, image_size=size, randomize_block=True, starting_position=config.starting_position
-    )
+    return EnvConfig(cameras=cameras, image_size=size, randomize_block=True, starting_position=config.starting_position)
 
 
 def evaluate_success(
-    policy: SmolVLAPolicy, preprocessor: PolicyProcessorPipeline, postprocessor: PolicyProcessorPipeline, config: SftConfig
+    policy: SmolVLAPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    config: SftConfig,
 ) -> dict[str, float]:
     """Noise-free success rate on the tuning seeds, by number of denoising steps."""
     import torch

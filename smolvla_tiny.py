@@ -370,6 +370,7 @@ def export_policy(
     """
     directory.mkdir(parents=True, exist_ok=True)
     policy.save_pretrained(directory)
+    (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, and a shared installation is read by others
     preprocessor.save_pretrained(directory, config_filename=PREPROCESSOR_FILE)
     postprocessor.save_pretrained(directory, config_filename=POSTPROCESSOR_FILE)
     source = Path(policy.config.vlm_model_name)
@@ -422,7 +423,9 @@ def predict_chunk(
     postprocessor: PolicyProcessorPipeline,
     batch: dict[str, Any],
 ) -> Any:
-    """Noise-seeded but otherwise deterministic action chunk, in the environment's units: tensor (N, chunk_size, 6).
+    """Action chunk by LeRobot's own sampler, in the environment's units: tensor (N, chunk_size, 6).
+
+    The flow's initial noise comes from torch's global generator: seed it for repeatable actions.
 
     Args:
         batch: raw policy inputs: `observation.images.<camera>` float (N, 3, h, w) in [0, 1],

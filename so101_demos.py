@@ -182,7 +182,9 @@ def record(config: DemoConfig) -> tuple[int, int]:
                     kept += 1
                 progress.update(bar, completed=kept, rate=f"{kept} of {tried} lifted")
                 if tried >= 20 and kept < tried / 4:
-                    raise DemoError(f"only {kept} of {tried} episodes lifted: lower disturbance_deg or the block's ranges")
+                    raise DemoError(
+                        f"only {kept} of {tried} episodes lifted: lower disturbance_deg or the block's ranges"
+                    )
     finally:
         dataset.finalize()
         env.close()

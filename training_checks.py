@@ -151,7 +151,8 @@ def config_from_json(data: Mapping[str, Any], config_type: type[TrainingConfig])
             f"config.json was written by another version: missing {sorted(fields.keys() - data.keys())}, "
             f"unknown {sorted(data.keys() - fields.keys())}"
         )
-    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return config_type(**values)
 
 
 def flag_value(argv: Sequence[str], *names: str) -> str:

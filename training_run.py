@@ -22,7 +22,7 @@ from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings, act, collect_rollout
 from reinflow.schedules import in_critic_warmup, noise_bounds, warmup_lr
-from reinflow.tracking import open_tracker
+from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
 from so101_mujoco_utils import model_dir
 from so101_vector_env import ChunkVectorEnv, make_vector_env
@@ -31,7 +31,6 @@ from training_checks import ConfigError, check_resumed, config_from_json, config
 if TYPE_CHECKING:
     from reinflow_smolvla import ReinFlowSmolVLA
     from train_reinflow import TrainingConfig
-
 
 
 TASK_GROUP = "so101_pick"
@@ -137,6 +136,7 @@ class TrainingRun:
         self.best_success = -1.0
         self.metrics: dict[str, float] = {}
         self.cursor: Cursor
+        self.tracker: Tracker
         self.wandb_id: str | None = None
         self.stop_requested = False
         self._saved_at = self._logged_at = 0

@@ -148,8 +148,10 @@ class PPOLearner:
         if not error <= RATIO_TOLERANCE:
             raise RatioGuardError(self._name_the_cause(error, score.log_prob, part.log_prob))
         dims = part.log_prob.shape[1]
-        coordinates = len(self.spec.noisy_steps()) * self.policy.action_dim * self.spec.num_coordinates(
-            self.policy.n_action_steps
+        coordinates = (
+            len(self.spec.noisy_steps())
+            * self.policy.action_dim
+            * self.spec.num_coordinates(self.policy.n_action_steps)
         )
         total = part.log_prob.sum(1).mean().item()
         if self.spec.reduction == "mean":

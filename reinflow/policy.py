@@ -162,6 +162,11 @@ class FlowMLP(nn.Module):
     ``encode`` has nothing to freeze and the context is just the normalised state.
     """
 
+    state_mean: Tensor
+    state_std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
+
     def __init__(
         self,
         state_dim: int,
@@ -185,9 +190,10 @@ class FlowMLP(nn.Module):
         self.head = nn.Linear(hidden_size, width)
         self.noise_mlp = NoiseHead(hidden_size, action_dim, sigma_min, sigma_max)
         self.critic = ReinFlowCritic(state_dim, 256)
-        for name, size in (("state", state_dim), ("action", action_dim)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("state_mean", torch.zeros(state_dim))
+        self.register_buffer("state_std", torch.ones(state_dim))
+        self.register_buffer("action_mean", torch.zeros(action_dim))
+        self.register_buffer("action_std", torch.ones(action_dim))
 
     def preprocess(self, observation: Observation) -> dict[str, Any]:
         state = torch.as_tensor(observation["environment_state"], dtype=torch.float32)

@@ -15,10 +15,13 @@ SETTINGS = LearnerSettings(
 )  # fmt: skip
 
 
+DEFAULT_SPEC = ChainSpec(1, "action")
+
+
 class Loop:
     """policy, env and learner on the fake."""
 
-    def __init__(self, spec=ChainSpec(1, "action"), settings=SETTINGS, num_envs=32, seed=0, terminate_at=None):
+    def __init__(self, spec=DEFAULT_SPEC, settings=SETTINGS, num_envs=32, seed=0, terminate_at=None):
         self.policy, self.spec = make_policy(seed), spec
         self.env = ReachEnv(num_envs, terminate_at)
         self.learner = PPOLearner(self.policy, spec, settings, seed)

@@ -35,8 +35,10 @@ def run_there(installed: Path, code: str) -> str:
 def test_wheel_finds_scene_and_policy(installed):
     code = (
         "import so101_mujoco_utils as u; u.load_model(None); d = u.model_dir(); print(d)\n"
-        "from smolvla_tiny import load_smolvla; p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)\n"
-        "from train_reinflow import PRESETS; from training_run import env_config; print(env_config(PRESETS['tiny']).model_path)"
+        "from smolvla_tiny import load_smolvla\n"
+        "p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)\n"
+        "from train_reinflow import PRESETS\n"
+        "from training_run import env_config; print(env_config(PRESETS['tiny']).model_path)"
     )
     lines = run_there(installed, code).split()
     assert lines[0] == str(installed / "so101_model") and lines[-2] == "50"

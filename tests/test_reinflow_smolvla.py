@@ -143,10 +143,12 @@ def test_trainable_state_round_trip_is_strict(policy, tiny_policy_dir):
         for p in other.policy_parameters():
             p.add_(0.1)
     other.load_trainable_state(policy.trainable_state())
-    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(policy.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     broken = policy.trainable_state()
     broken.pop("critic.mlp.0.weight")
-    with pytest.raises(ValueError, match="critic.mlp.0.weight"):
+    with pytest.raises(ValueError, match=r"critic\.mlp\.0\.weight"):
         other.load_trainable_state(broken)
 
 
@@ -154,7 +156,7 @@ def test_export_is_a_stock_policy_with_the_full_chunk(policy, context, tmp_path)
     from smolvla_tiny import load_smolvla
 
     policy.save_pretrained(tmp_path / "export")
-    stock, before, after = load_smolvla(tmp_path / "export")
+    stock, _, _ = load_smolvla(tmp_path / "export")
     assert stock.config.chunk_size == 50 and stock.config.num_steps == 3
     noise = noise_for(policy)
     expected = sample_chain(policy, context, ChainSpec(3), noise, deterministic=True).chain[:, -1, :, :6]

@@ -118,7 +118,9 @@ def test_evaluation_is_reproducible_and_equals_the_trainers(small, tmp_path):
 def test_signal_saves_and_exits_cleanly(small, tmp_path):
     config = replace(small, num_episodes=100_000, save_interval=100_000, eval_interval=0)
     code = f"from train_reinflow import *; train(TrainingConfig(**{config.__dict__!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.time() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
