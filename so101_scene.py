@@ -19,6 +19,7 @@ import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from reinflow import UserError
 from so101_mujoco_utils import (
     CAMERA_NAMES,
     FRAMES,
@@ -200,7 +201,7 @@ class EpisodeLog:
 # --- Images ---------------------------------------------------------------------------------------------------------
 
 
-class RenderError(RuntimeError):
+class RenderError(UserError, RuntimeError):
     """No off-screen OpenGL context could be made."""
 
 
@@ -437,7 +438,7 @@ class PickScene:
         return state
 
 
-class UnstableSimulationError(RuntimeError):
+class UnstableSimulationError(UserError, RuntimeError):
     """MuJoCo warned (bad numbers, full buffers): what it computed cannot be trusted."""
 
     def __init__(self, env: int, seed: int | None, length: int) -> None:

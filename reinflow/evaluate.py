@@ -18,6 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from reinflow import UserError
+
 Observation = dict[str, Any]
 Act = Callable[[Observation], np.ndarray]
 FrameHook = Callable[[Sequence[int], Observation], None]
@@ -54,7 +56,7 @@ class EvalEnv(Protocol):
     def step_chunk(self, actions: np.ndarray) -> Any: ...  # ChunkResult
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(UserError, RuntimeError):
     """The environments do not behave as an evaluation needs."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reinflow import ppo
+from reinflow import UserError, ppo
 from reinflow.flow import ChainSpec, chain_log_prob, group_mask
 from reinflow.policy import Context, FlowPolicy
 from reinflow.rollout import RolloutBuffer
@@ -19,7 +19,7 @@ OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if und
 KL_SAMPLE = 256  # decisions on which the KL is measured after every optimiser step
 
 
-class RatioGuardError(RuntimeError):
+class RatioGuardError(UserError, RuntimeError):
     """The policy that is about to be updated does not give the log-probs it acted with."""
 
 
