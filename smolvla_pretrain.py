@@ -151,11 +151,11 @@ class SceneSampler:
         plan = self.expert.plan(self.start_pose(), aim, yaw + self.rng.uniform(-0.5, 0.5))
         records = []
         for _ in range(4):  # planning costs as much as rendering: use a plan several times
-            q_rad = plan[self.rng.choice([self.rng.integers(20, 76), 49])] + np.deg2rad(self.rng.normal(0.0, 3.0, 6))
+            instant = 49 if self.rng.random() < 0.5 else int(self.rng.integers(20, 76))
+            q_rad = plan[instant] + np.deg2rad(self.rng.normal(0.0, 3.0, 6))
             q_rad[5] = np.deg2rad(self.rng.uniform(-5.0, 60.0))
             self.place(self.clip(q_rad), position, yaw)
             records.append(self.label(2))
-            self.rng.random()
             position = aim + np.append(self.rng.uniform(-0.06, 0.06, 2), 0.0)
             yaw = float(self.rng.uniform(-math.pi / 4, math.pi / 4))
         return records
@@ -302,7 +302,8 @@ def _zeros(size: int) -> Tensor:
 
 
 def cell_of(pixel: Tensor, image_size: int, cells: int) -> tuple[Tensor, Tensor]:
-    """Pixel (B, 2) -> index (B,) of its cell in a cells x cells grid, and offset (B, 2) from its centre in half cells."""
+    """Pixels (B, 2) -> indices (B,) of their cells in a cells x cells grid, offsets (B, 2) from the cells' centres in
+    half cells."""
     side = image_size / cells
     column_row = (pixel / side).floor().clamp(0, cells - 1)
     offset = pixel / side - column_row - 0.5
@@ -318,7 +319,7 @@ def perception_loss(
         labels: pixel (B, C, 2), visible (B, C), pose (B, 11).
     """
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     total, info = torch.zeros(()), {}
     for camera, detection in enumerate(detections):
@@ -443,13 +444,13 @@ def perception_errors(
     detections: list[list[Tensor]] = [[] for _ in cameras]
     poses = []
     with torch.no_grad():
-        for start in range(0, len(scenes.state), 100):
-            batch = {key: value[start : start + 100] for key, value in data.items()}
+        for first in range(0, len(scenes.state), 100):
+            batch = {key: value[first : first + 100] for key, value in data.items()}
             found, _, pose = forward(net, batch, cameras)
             poses.append(pose)
             for camera, detection in enumerate(found):
                 detections[camera].append(detection)
-    errors = {}
+    errors: dict[str, float] = {}
     for camera, name in enumerate(cameras):
         detection = torch.cat(detections[camera])
         cells = math.isqrt(detection.shape[1])

@@ -297,7 +297,7 @@ def resolve_vlm(directory: Path, reference: str) -> str:
     if looks_local and not Path(reference).is_dir():
         raise PolicyDirectoryError(
             f"{directory / CONFIG_FILE} or {PREPROCESSOR_FILE} names the VLM folder {reference!r}, which does not "
-            f"exist: put that folder into the policy directory and write its relative path, for instance {VLM_REFERENCE!r}"
+            f"exist: put that folder into the policy directory and write its relative path, such as {VLM_REFERENCE!r}"
         )
     return reference
 

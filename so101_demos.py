@@ -111,7 +111,7 @@ def block_yaw(quaternion: NDArray[np.float64]) -> float:
 def record_episode(
     env: SO101PickEnv, expert: ScriptedExpert, seed: int, disturbance_deg: tuple[float, ...]
 ) -> tuple[list[dict[str, Any]], bool]:
-    """One episode as frames (agent_pos, pixels, action in the policy's units), and whether the block ended up lifted."""
+    """One episode: frames (agent_pos, pixels, action in the policy's units), and whether the block is up at its end."""
     from so101_gym_env import EnvConfig
 
     rng = np.random.default_rng(seed)

@@ -38,7 +38,7 @@ class ConfigError(UserError, ValueError):
 
 def check_config(config: TrainingConfig) -> None:
     """Raise one ConfigError that lists everything wrong with ``config``."""
-    problems = [*_ranges(config), *_contradictions(config), *_models(config), *_files(config)]
+    problems = [*_ranges(config), *_contradictions(config), *_seeds(config), *_models(config), *_files(config)]
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -87,11 +87,16 @@ def _contradictions(c: TrainingConfig) -> Iterator[str]:
         yield "render and headless contradict each other: drop one"
     if c.render and c.num_parallel_envs > 1:
         yield "render shows one environment: set num_parallel_envs=1 or drop render"
+
+
+def _seeds(c: TrainingConfig) -> Iterator[str]:
     if c.eval_seed + c.eval_episodes > FIRST_REPORTING_SEED:
         yield (
             f"eval_seed={c.eval_seed} + eval_episodes={c.eval_episodes} reaches the reporting seeds "
             f"(from {FIRST_REPORTING_SEED}): checkpoints must not be chosen by them, lower eval_seed"
         )
+    if c.eval_seed < c.num_parallel_envs:
+        yield f"eval_seed={c.eval_seed} leaves no seed below it for each of num_parallel_envs: raise eval_seed"
     if c.report_seed < FIRST_REPORTING_SEED:
         yield f"report_seed={c.report_seed} lies in the training seeds: use {FIRST_REPORTING_SEED} or more"
     if c.seed >= FIRST_REPORTING_SEED:

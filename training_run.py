@@ -68,6 +68,11 @@ def chain_spec(config: TrainingConfig) -> ChainSpec:
     return ChainSpec(**matching_fields(config, ChainSpec), reduction=config.log_prob_reduction)
 
 
+def training_seeds(config: TrainingConfig) -> list[int]:
+    """First seed of every environment, all below the tuning seeds; later episodes go on from its generator."""
+    return np.random.default_rng(config.seed).choice(config.eval_seed, config.num_parallel_envs, replace=False).tolist()
+
+
 def pick_device(name: str) -> str:
     """Resolve "auto"; raise ConfigError for an accelerator that is not there."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -155,8 +160,7 @@ class TrainingRun:
             run = cls(config, run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n")
-            seeds = [config.seed * 100_003 + i for i in range(config.num_parallel_envs)]
-            run.cursor = Cursor.at(run.policy, run.env.reset(seeds))
+            run.cursor = Cursor.at(run.policy, run.env.reset(training_seeds(config)))
         run.tracker = open_tracker(
             run.run_dir,
             config=config_to_json(config),
