@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
+from reinflow import UserError
 from so101_gym_env import EnvConfig
 
 if TYPE_CHECKING:
@@ -54,16 +55,22 @@ class EvalConfig:
     env: EnvConfig = field(default_factory=EnvConfig)
     """The environment; defaults come from reinflow.json beside the policy, if there is one."""
 
-    def __post_init__(self) -> None:
-        for name in ("episodes", "num_parallel_envs", "video_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if (Path(self.output_dir) / "eval_info.json").exists():
-            raise ValueError(f"output_dir={self.output_dir} holds an evaluation already: choose another directory")
+
+class EvalError(UserError, ValueError):
+    """The evaluation cannot start; the message names the field and the remedy."""
+
+
+def check_config(config: EvalConfig) -> None:
+    """Raise an EvalError for what cannot work."""
+    for name in ("episodes", "num_parallel_envs", "video_episodes"):
+        if getattr(config, name) < 1:
+            raise EvalError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if (Path(config.output_dir) / "eval_info.json").exists():
+        raise EvalError(f"output_dir={config.output_dir} holds an evaluation already: choose another directory")
 
 
 def find_policy(path: str) -> Path:
-    """Policy directory behind a run, a checkpoint or a policy directory; raises FileNotFoundError."""
+    """Policy directory behind a run, a checkpoint or a policy directory; raises EvalError."""
     from reinflow.checkpoint import BEST, CHECKPOINTS, resolve_checkpoint
     from so101_mujoco_utils import model_dir
 
@@ -74,7 +81,7 @@ def find_policy(path: str) -> Path:
     if (root / CHECKPOINTS).is_dir() or (root / "pretrained_model").is_dir():
         return resolve_checkpoint(best if best.exists() else root) / "pretrained_model"
     if not (root / "config.json").is_file():
-        raise FileNotFoundError(f"policy_path={path} is no run, checkpoint or policy directory (no config.json)")
+        raise EvalError(f"policy_path={path} is no run, checkpoint or policy directory (no config.json)")
     return root
 
 
@@ -149,6 +156,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from so101_vector_env import make_vector_env
     from training_run import TASK_GROUP
 
+    check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     kind = json.loads((policy_dir / "config.json").read_text())["type"]
     act = (smolvla_actor if kind == "smolvla" else stock_actor)(config, policy_dir)
@@ -179,12 +187,10 @@ def record_video(config: EvalConfig, act: Callable[[dict[str, Any]], np.ndarray]
 
 def main() -> None:
     """Console entry point."""
-    argv = sys.argv[1:]
     try:
-        config = parse_args(argv)
-    except (ValueError, FileNotFoundError) as error:
+        run_eval(parse_args(sys.argv[1:]))
+    except UserError as error:
         sys.exit(f"reinflow-eval: {error}")
-    run_eval(config)
 
 
 def parse_args(argv: Sequence[str]) -> EvalConfig:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from so101_expert import ScriptedExpert
     from so101_gym_env import SO101PickEnv
 
-FIRST_SEED = 1_000_000  # far from the tuning (0-9,999) and evaluation (from 10,000) seeds
+FIRST_SEED, SEEDS_PER_RECORDING = 1_000, 1_000  # within the training seeds (0-9,999), below the trainer's tuning seeds
 DECISION_STEPS = 50
 
 
@@ -41,7 +41,7 @@ class DemoConfig:
     episodes: int = 300
     """Successful episodes to keep; failed ones are not stored."""
     seed: int = 0
-    """Episodes use environment seeds from 1,000,000 + 10,000 * seed on."""
+    """0 to 3; episodes use environment seeds from 1,000 + 1,000 * seed on, all below the trainer's tuning seeds."""
     repo_id: str = "local/so101_pick"
     """Name in the dataset's metadata; nothing is uploaded."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera")
@@ -68,6 +68,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"episodes is {self.episodes}: use at least 1")
+        if not 0 <= self.seed <= 3:
+            raise ValueError(f"seed is {self.seed}: use 0 to 3, episodes must not reach the tuning seeds")
         if len(self.disturbance_deg) != 3 or min(self.disturbance_deg) < 0:
             raise ValueError(f"disturbance_deg is {self.disturbance_deg}: give three numbers of at least 0")
 
@@ -174,7 +176,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
         with Progress(*columns) as progress:
             bar = progress.add_task("recording", total=config.episodes, rate="")
             while kept < config.episodes:
-                seed = FIRST_SEED + 10_000 * config.seed + tried
+                seed = FIRST_SEED + SEEDS_PER_RECORDING * config.seed + tried
                 frames, success = record_episode(env, expert, seed, config.disturbance_deg)
                 tried += 1
                 if success:

@@ -6,6 +6,7 @@ steps open loop and renders once, at their end; `step` is a chunk of one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,6 +24,7 @@ from so101_scene import (
     EnvConfig,
     EpisodeLog,
     PickScene,
+    RenderError,
     SceneRenderer,
     UnstableSimulationError,
 )
@@ -72,6 +74,7 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
         self._row: Array | None = None
         self._ended = True
         self._renderer, self._owns_renderer = renderer, renderer is None
+        self._viewer: Any = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -151,6 +154,8 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
             self.data.ctrl[:] = control[last]
             mujoco.mj_step(self.model, self.data, nstep=self.config.steps_per_action)
             rows[last] = self.scene.layout.row(self.data)
+            if self._viewer is not None:
+                self._viewer.sync()
             if self.scene.is_success(rows[last]):
                 break
         if self.data.warning.number.sum() > warnings:
@@ -178,6 +183,22 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
             return None
         return np.concatenate(list(self._images().values()), axis=1)
 
+    def open_viewer(self) -> None:
+        """Show the simulation in MuJoCo's window from now on, a frame per control step.
+
+        Raises:
+            RenderError: there is no display.
+        """
+        import glfw
+        import mujoco.viewer
+
+        # Asked first: the viewer itself ends the process when there is no display.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not glfw.init():
+                raise RenderError("the viewer cannot open a window: run on a machine with a display, or without render")
+        self._viewer = mujoco.viewer.launch_passive(self.model, self.data)
+
     def get_state(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit: numpy arrays and JSON-able values."""
         return {
@@ -203,7 +224,10 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
         return self.observation()
 
     def close(self) -> None:
-        """Frees the renderer, unless it is shared."""
+        """Frees the renderer, unless it is shared, and closes the viewer."""
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
         if self._renderer is not None and self._owns_renderer:
             self._renderer.close()
             self._renderer = None

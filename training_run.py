@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from reinflow.schedules import in_critic_warmup, noise_bounds, warmup_lr
 from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
 from so101_mujoco_utils import model_dir
-from so101_vector_env import ChunkVectorEnv, make_vector_env
+from so101_vector_env import ChunkVectorEnv, SequentialVectorEnv, make_vector_env
 from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ class TrainingRun:
             backend="subproc" if config.use_subproc_env else "auto",
             num_threads=config.num_threads or None,
         )
+        if config.render:
+            cast(SequentialVectorEnv, self.env).envs[0].open_viewer()
         self.iteration = self.episodes = 0
         self.best_success = -1.0
         self.metrics: dict[str, float] = {}

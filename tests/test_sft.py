@@ -1,0 +1,94 @@
+"""Supervised fine-tuning in memory: batches, frozen vision, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import smolvla_sft
+import smolvla_tiny
+import so101_demos
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny policy and a dataset of two episodes."""
+    base = tmp_path_factory.mktemp("sft")
+    small = {"vision_hidden_size": 32, "vision_layers": 1, "text_hidden_size": 48, "text_layers": 2}
+    smolvla_tiny.build_policy(smolvla_tiny.TinyConfig(output_dir=base / "policy", **small))
+    so101_demos.record(so101_demos.DemoConfig(root=base / "demos", episodes=2))
+    return base / "policy", base / "demos"
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: bool) -> None:
+    config = smolvla_sft.SftConfig(
+        policy_dir=start[0],
+        dataset_root=start[1],
+        output_dir=tmp_path / "out",
+        held_out=1,
+        steps=3,
+        batch_size=4,
+        save_every=2,
+        eval_episodes=0 if train_vision else 2,
+        num_steps=(1,),
+        train_vision=train_vision,
+    )
+    record = smolvla_sft.finetune(config)
+    assert np.isfinite(record["loss"])
+    assert record["action_error"].keys() == {"t0", "t50", "t100"}
+    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3]
+    checkpoint = config.output_dir / "checkpoints" / "000003"
+    after = smolvla_tiny.load_smolvla(checkpoint)[0]
+    before = smolvla_tiny.load_smolvla(start[0])[0].state_dict()
+    changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before[key])}
+    assert any("lm_expert" in key for key in changed)
+    assert any("vision_model" in key for key in changed) == train_vision
+    assert json.loads((checkpoint / "reinflow.json").read_text())["env"]["randomize_block"] is True
+    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="exists"):
+        smolvla_sft.finetune(config)
+
+
+def test_cached_image_tokens_give_the_same_loss(start: tuple[Path, Path]) -> None:
+    data = smolvla_sft.read_demonstrations(start[1], "local/so101_pick", jitter=6)
+    policy, preprocessor, _ = smolvla_tiny.load_smolvla(start[0])
+    frames = np.array([0, 1, 1]), np.array([0, 52, 100])
+    noise, flow_time = torch.randn(3, 50, 32), torch.full((3,), 0.5)
+    losses = []
+    for cache in (False, True):
+        batches = smolvla_sft.TrainingBatches(data, policy, preprocessor, cache)
+        with torch.no_grad(), batches.vision(policy, *frames):
+            losses.append(float(policy.forward(batches.batch(*frames), noise=noise, time=flow_time)[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "embed_image" not in vars(policy.model.vlm_with_expert)
+
+
+def test_batches_favour_decisions_and_mask_the_end(start: tuple[Path, Path]) -> None:
+    data = smolvla_sft.read_demonstrations(start[1], "local/so101_pick", jitter=6)
+    config = smolvla_sft.SftConfig(Path(), Path(), Path(), batch_size=2000)
+    episode, frame = smolvla_sft.draw_frames(np.random.default_rng(0), config, data, episodes=2)
+    assert set(episode) == {0, 1}
+    assert (data.kept[episode, frame] >= 0).all()
+    near = np.abs(frame[:, None] - np.array([0, 50, 100])).min(axis=1) <= 6
+    assert 0.75 < near.mean() < 0.9
+    action = torch.arange(10.0).reshape(1, 10, 1).expand(1, 10, 6)
+    chunk, beyond = smolvla_sft.chunk_at(action, torch.tensor([0]), torch.tensor([7]), 5)
+    assert chunk[0, :, 0].tolist() == [7, 8, 9, 9, 9]
+    assert beyond.tolist() == [[False, False, False, True, True]]
+
+
+def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(smolvla_sft.SftError, match="reinflow-demos"):
+        smolvla_sft.read_demonstrations(tmp_path, "local/none", 6)
+    config = smolvla_sft.SftConfig(start[0], start[1], tmp_path / "out", held_out=2)
+    with pytest.raises(smolvla_sft.SftError, match="held_out"):
+        smolvla_sft.finetune(config)
+    with pytest.raises(ValueError, match="decision_share"):
+        smolvla_sft.SftConfig(Path(), Path(), Path(), decision_share=2.0)
+    with pytest.raises(ValueError, match="num_steps"):
+        smolvla_sft.SftConfig(Path(), Path(), Path(), num_steps=())
