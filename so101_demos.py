@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from so101_expert import ScriptedExpert
     from so101_gym_env import SO101PickEnv
 
-FIRST_SEED, SEEDS_PER_RECORDING = 1_000, 1_000  # within the training seeds (0-9,999), below the trainer's tuning seeds
 DECISION_STEPS = 50
 
 
@@ -40,8 +39,8 @@ class DemoConfig:
     """Folder of the dataset; refused if it exists."""
     episodes: int = 300
     """Successful episodes to keep; failed ones are not stored."""
-    seed: int = 0
-    """0 to 3; episodes use environment seeds from 1,000 + 1,000 * seed on, all below the trainer's tuning seeds."""
+    first_seed: int = 1_000
+    """Episode i tried uses environment seed first_seed + i; the default stays below the trainer's tuning seeds."""
     repo_id: str = "local/so101_pick"
     """Name in the dataset's metadata; nothing is uploaded."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera")
@@ -68,8 +67,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"episodes is {self.episodes}: use at least 1")
-        if not 0 <= self.seed <= 3:
-            raise ValueError(f"seed is {self.seed}: use 0 to 3, episodes must not reach the tuning seeds")
+        if self.first_seed < 0:
+            raise ValueError(f"first_seed is {self.first_seed}: use at least 0")
         if len(self.disturbance_deg) != 3 or min(self.disturbance_deg) < 0:
             raise ValueError(f"disturbance_deg is {self.disturbance_deg}: give three numbers of at least 0")
 
@@ -176,7 +175,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
         with Progress(*columns) as progress:
             bar = progress.add_task("recording", total=config.episodes, rate="")
             while kept < config.episodes:
-                seed = FIRST_SEED + SEEDS_PER_RECORDING * config.seed + tried
+                seed = config.first_seed + tried
                 frames, success = record_episode(env, expert, seed, config.disturbance_deg)
                 tried += 1
                 if success:
