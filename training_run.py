@@ -121,7 +121,8 @@ class TrainingRun:
     """
 
     def __init__(self, config: TrainingConfig, run_dir: Path):
-        torch.set_num_threads(config.num_threads or torch.get_num_threads())
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
         self.config, self.run_dir = config, run_dir
         self.device = pick_device(config.device)
         self.policy = build_policy(config, self.device)
@@ -135,7 +136,6 @@ class TrainingRun:
             env_config(config),
             config.num_parallel_envs,
             backend="subproc" if config.use_subproc_env else "auto",
-            num_threads=config.num_threads or None,
         )
         if config.render:
             cast(SequentialVectorEnv, self.env).envs[0].open_viewer()
@@ -302,7 +302,7 @@ class TrainingRun:
     def _evaluate(self, first_seed: int, episodes: int) -> EvalResult:
         return evaluate_policy(
             self.policy, self.spec, env_config(self.config), range(first_seed, first_seed + episodes),
-            self.config.num_parallel_envs, self.device, self.config.num_threads or None,
+            self.config.num_parallel_envs, self.device,
         )  # fmt: skip
 
     def log(self) -> None:
@@ -349,13 +349,12 @@ def evaluate_policy(
     seeds: range,
     num_envs: int,
     device: str,
-    num_threads: int | None = None,
 ) -> EvalResult:
     """Noise-free episodes on fixed seeds with the policy object that acts in rollouts.
 
     x_0 comes from a generator seeded with the first seed, so that a repeated evaluation gives the same figures.
     """
-    vector_env = make_vector_env(env, min(num_envs, len(seeds)), autoreset=False, num_threads=num_threads)
+    vector_env = make_vector_env(env, min(num_envs, len(seeds)), autoreset=False)
     try:
         return evaluate(noise_free_actor(policy, spec, seeds.start, device), vector_env, list(seeds))
     finally:

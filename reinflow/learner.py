@@ -16,7 +16,7 @@ from reinflow.rollout import RolloutBuffer
 
 RATIO_TOLERANCE = 1e-4
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
-KL_SAMPLE = 256  # decisions on which the KL is measured after every optimiser step
+KL_SAMPLE = 128  # decisions on which the KL is measured after every optimiser step
 
 
 class RatioGuardError(UserError, RuntimeError):
