@@ -3,8 +3,8 @@
 Rendered images with simulator labels, no actions. Two kinds of targets, trained together:
 
 * detection, on every image token that the connector hands to the language model: does this token's cell hold the
-  block's centre, and where in the cell? A dense target of this kind finds a 3-pixel block about four times sooner
-  than regressing its position from all tokens does.
+  block's centre, and where in the cell? On synthetic images 250 steps of this left half the error, or less, of
+  regressing the position from all tokens.
 * pose, on the last prefix hidden state (the state token's, which the critic reads too): the block in the world, the
   tool in the world, the block as seen from the gripper. It makes the language model carry to later layers what the
   images show.

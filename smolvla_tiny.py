@@ -68,8 +68,7 @@ class TinyConfig:
     num_steps: int = 4
     """Denoising steps at inference; the training loss does not depend on it."""
     initializer_range: float = 0.1
-    """Standard deviation of the random weights, about 1/sqrt(width): the usual .02 suits widths of 1000, and a
-    64-wide tower started there needs several times the steps before it sees the block at all."""
+    """Standard deviation of the random weights: about 1/sqrt(width), as the usual .02 is for a width of 1000."""
     seed: int = 0
     """Seed of the random weights."""
 
@@ -370,9 +369,10 @@ def export_policy(
     """
     directory.mkdir(parents=True, exist_ok=True)
     policy.save_pretrained(directory)
-    (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, and a shared installation is read by others
     preprocessor.save_pretrained(directory, config_filename=PREPROCESSOR_FILE)
     postprocessor.save_pretrained(directory, config_filename=POSTPROCESSOR_FILE)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600, and a shared installation is read by others
     source = Path(policy.config.vlm_model_name)
     if source.is_dir():
         if source.resolve() != (directory / VLM_FOLDER).resolve():

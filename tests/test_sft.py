@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +84,33 @@ def test_batches_favour_decisions_and_mask_the_end(start: tuple[Path, Path]) -> 
     assert beyond.tolist() == [[False, False, False, True, True]]
 
 
+class RecordingPolicy(torch.nn.Module):
+    """Stands in for a SmolVLAPolicy in `train_step`; keeps the flow times of the last forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.model = SimpleNamespace(sample_time=lambda size, device: torch.full((size,), 0.25, device=device))
+        self.flow_time = torch.empty(0)
+
+    def forward(self, batch: dict[str, torch.Tensor], time: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        self.flow_time = time
+        return self.weight * time.mean(), {}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_one_step_share_puts_that_part_of_a_batch_at_pure_noise(share: float) -> None:
+    torch.manual_seed(0)
+    policy = RecordingPolicy()
+    batches = SimpleNamespace(vision=lambda *_: nullcontext(), batch=lambda *_: {})
+    frames = np.zeros(400, dtype=np.int64), np.zeros(400, dtype=np.int64)
+    parameters = list(policy.parameters())
+    smolvla_sft.train_step(policy, batches, frames, torch.optim.SGD(parameters, 0.1), parameters, share)
+    assert set(policy.flow_time.tolist()) <= {0.25, 1.0}
+    assert float((policy.flow_time == 1.0).float().mean()) == pytest.approx(share, abs=0.1)
+    assert float(policy.weight.detach()) < 1.0
+
+
 def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(smolvla_sft.SftError, match="reinflow-demos"):
         smolvla_sft.read_demonstrations(tmp_path, "local/none", 6)
@@ -90,5 +119,7 @@ def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
         smolvla_sft.finetune(config)
     with pytest.raises(ValueError, match="decision_share"):
         smolvla_sft.SftConfig(Path(), Path(), Path(), decision_share=2.0)
+    with pytest.raises(ValueError, match="one_step_share"):
+        smolvla_sft.SftConfig(Path(), Path(), Path(), one_step_share=-0.1)
     with pytest.raises(ValueError, match="num_steps"):
         smolvla_sft.SftConfig(Path(), Path(), Path(), num_steps=())
