@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -187,11 +186,10 @@ class PPOLearner:
             kl, steps = self._measure_kl(kl_data), steps + 1
             stopped = s.target_kl > 0 and not kl <= s.target_kl
             undone = stopped and snapshot is not None and not kl <= OVERSHOOT * s.target_kl
-            if undone:
+            if undone and snapshot is not None:
                 self._restore(snapshot)
             if stopped:
                 break
-        # Restored weights and moments would repeat the same step: only a smaller one can get anywhere.
         self.lr_scale = self.lr_scale * 0.5 if undone else min(1.0, self.lr_scale * 1.1)
         return log.means() | {
             "ppo/approx_kl": kl,
@@ -237,16 +235,15 @@ class PPOLearner:
         scores = [chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob for part in parts]
         return float(ppo.approx_kl(torch.cat(scores), data.log_prob, data.mask))
 
-    def _snapshot(self) -> tuple[list[Tensor], dict]:
-        weights = [p.detach().clone() for p in self.policy.policy_parameters()]
-        return weights, copy.deepcopy(self.policy_optimizer.state_dict())
+    def _snapshot(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.policy.policy_parameters()]
 
     @torch.no_grad()
-    def _restore(self, snapshot: tuple[list[Tensor], dict] | None) -> None:
-        assert snapshot is not None
-        for parameter, saved in zip(self.policy.policy_parameters(), snapshot[0], strict=True):
+    def _restore(self, snapshot: list[Tensor]) -> None:
+        """Weights only. Adam's moments are kept: a first step moves every weight by the full rate, coherently, and
+        with fresh moments the next try would be such a first step again."""
+        for parameter, saved in zip(self.policy.policy_parameters(), snapshot, strict=True):
             parameter.copy_(saved)
-        self.policy_optimizer.load_state_dict(snapshot[1])
 
     def _update_critic(self, data: Decisions) -> dict[str, float]:
         """Value regression for all epochs; it shares no parameter with the policy and needs no KL stop."""
