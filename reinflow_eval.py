@@ -48,6 +48,8 @@ class EvalConfig:
     """Executed actions per chunk; 0 takes what is stored with the policy."""
     video: bool = False
     """Write an mp4 grid of the first episodes, all cameras of the environment side by side."""
+    gif: bool = False
+    """With video: write it as video.gif too, for a README."""
     video_episodes: int = 4
     """Episodes in the video."""
     device: str = "cpu"
@@ -177,11 +179,13 @@ def run_eval(config: EvalConfig) -> EvalResult:
 def record_video(config: EvalConfig, act: Callable[[dict[str, Any]], np.ndarray], env: ChunkVectorEnv) -> Path:
     """Play the first episodes again, rows of episodes by columns of cameras."""
     from reinflow.evaluate import evaluate
-    from reinflow.video import EpisodeRecorder, write_mp4
+    from reinflow.video import EpisodeRecorder, write_gif, write_mp4
 
     count = min(config.video_episodes, env.num_envs)
     recorder = EpisodeRecorder(count)
     evaluate(act, env, range(config.seed, config.seed + env.num_envs), recorder, VIDEO_INTERVAL)
+    if config.gif:
+        write_gif(Path(config.output_dir) / "video.gif", recorder.frames[::2], fps=25 // VIDEO_INTERVAL)
     return write_mp4(Path(config.output_dir) / "video.mp4", recorder.frames, fps=50 // VIDEO_INTERVAL)
 
 

@@ -90,12 +90,13 @@ def test_best_checkpoint_is_a_stock_policy_for_reinflow_eval(small, tmp_path):
     assert env.reward_mode == "staged" and env.randomize_block and env.image_size == 96
     result = run_eval(EvalConfig(
         policy_path=str(tmp_path / "run"), output_dir=str(tmp_path / "eval"), episodes=3, seed=20, env=env,
-        num_parallel_envs=2, video=True, video_episodes=1,
+        num_parallel_envs=2, video=True, video_episodes=1, gif=True,
     ))  # fmt: skip
     assert len(result.episodes) == 3
     info = json.loads((tmp_path / "eval/eval_info.json").read_text())
     assert 0 <= info["overall"]["pc_success"] <= 100
     assert (tmp_path / "eval/video.mp4").stat().st_size > 1000
+    assert (tmp_path / "eval/video.gif").stat().st_size > 1000
 
 
 def test_evaluation_is_reproducible_and_equals_the_trainers(small, tmp_path):
