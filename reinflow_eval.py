@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
-from reinflow import UserError
+from reinflow import UserError, run_command
 from so101_gym_env import EnvConfig
 
 if TYPE_CHECKING:
@@ -191,10 +191,7 @@ def record_video(config: EvalConfig, act: Callable[[dict[str, Any]], np.ndarray]
 
 def main() -> None:
     """Console entry point."""
-    try:
-        run_eval(parse_args(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"reinflow-eval: {error}")
+    run_command("reinflow-eval", lambda: run_eval(parse_args(sys.argv[1:])))
 
 
 def parse_args(argv: Sequence[str]) -> EvalConfig:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reinflow import run_command
+
 if TYPE_CHECKING:
     import torch
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -485,7 +487,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(PretrainConfig, description=PretrainConfig.__doc__)
-    print(json.dumps(pretrain(config), indent=2))
+    run_command("reinflow-pretrain", lambda: print(json.dumps(pretrain(config), indent=2)))
 
 
 if __name__ == "__main__":

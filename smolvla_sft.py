@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reinflow import UserError, run_command
 from so101_demos import DECISION_STEPS, quiet_lerobot
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 IMAGES = "observation.images."
 
 
-class SftError(RuntimeError):
+class SftError(UserError, RuntimeError):
     """The fine-tuning cannot start; the message holds the remedy."""
 
 
@@ -476,7 +477,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(SftConfig, description=SftConfig.__doc__)
-    finetune(config)
+    run_command("reinflow-sft", lambda: finetune(config))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reinflow import UserError, run_command
+
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
     from lerobot.processor import PolicyProcessorPipeline
@@ -39,7 +41,7 @@ TINY_CAMERAS = ("camera_up", "wrist_camera")
 NUM_JOINTS = 6
 
 
-class PolicyDirectoryError(RuntimeError):
+class PolicyDirectoryError(UserError, RuntimeError):
     """A policy directory cannot be read or written; the message names the file and the remedy."""
 
 
@@ -442,8 +444,7 @@ def build_main() -> None:
     import tyro
 
     config = tyro.cli(TinyConfig, description=TinyConfig.__doc__)
-    build_policy(config)
-    print(f"wrote {config.output_dir}")
+    run_command("reinflow-build-tiny", lambda: build_policy(config))
 
 
 def materialize_main() -> None:
@@ -451,4 +452,4 @@ def materialize_main() -> None:
     import tyro
 
     config = tyro.cli(MaterializeConfig, description=MaterializeConfig.__doc__)
-    print(f"wrote {materialize(config.policy_dir, config.output_dir)}: use --policy.path with it")
+    run_command("reinflow-materialize", lambda: print(f"wrote {materialize(config.policy_dir, config.output_dir)}"))

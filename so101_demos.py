@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reinflow import UserError, run_command
+
 if TYPE_CHECKING:
     from so101_expert import ScriptedExpert
     from so101_gym_env import SO101PickEnv
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 DECISION_STEPS = 50
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError, RuntimeError):
     """The recording cannot start or cannot succeed; the message holds the remedy."""
 
 
@@ -189,6 +191,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
     finally:
         dataset.finalize()
         env.close()
+    print(f"wrote {config.root}: {kept} episodes of {tried} tried, {150 * kept} frames")
     return kept, tried
 
 
@@ -221,8 +224,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(DemoConfig, description=DemoConfig.__doc__)
-    kept, tried = record(config)
-    print(f"wrote {config.root}: {kept} episodes of {tried} tried, {150 * kept} frames")
+    run_command("reinflow-demos", lambda: record(config))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from reinflow import UserError
+from reinflow import run_command
 from training_checks import check_config, starting_point
 
 PI = 3.141592653589793
@@ -288,10 +288,7 @@ def parse_args(argv: Sequence[str]) -> TrainingConfig:
 
 def main() -> None:
     """Console entry point."""
-    try:
-        train(parse_args(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"train_reinflow: {error}")
+    run_command("train_reinflow", lambda: train(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,17 @@ Nothing in this package knows a robot, a simulator or a vision-language model: i
 lerobot. Someone with another robot takes it whole and writes one environment and one policy file.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Something the user can mend; the message names it and the remedy. Front doors print it without a traceback."""
+
+
+def run_command(name: str, command: Callable[[], object]) -> None:
+    """Run a front door; a UserError ends it with its message and exit code 1 instead of a traceback."""
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
