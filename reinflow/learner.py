@@ -87,7 +87,7 @@ class PPOLearner:
         self.policy_optimizer = torch.optim.Adam(policy.policy_parameters(), lr=settings.policy_lr, eps=1e-5)
         self.critic_optimizer = torch.optim.Adam(policy.critic_parameters(), lr=settings.critic_lr, eps=1e-5)
         self.generator = torch.Generator().manual_seed(seed)  # shuffling; on the CPU for every device
-        self.lr_scale = 1.0  # halved by every step that had to be undone, recovers slowly
+        self.lr_scale = 1.0  # halved by a step that had to be undone, recovers while KL stays below half of its target
 
     def update(self, buffer: RolloutBuffer, lr_factor: float = 1.0, critic_only: bool = False) -> dict[str, float]:
         """One iteration's update.
@@ -190,7 +190,10 @@ class PPOLearner:
                 self._restore(snapshot)
             if stopped:
                 break
-        self.lr_scale = self.lr_scale * 0.5 if undone else min(1.0, self.lr_scale * 1.1)
+        if undone:
+            self.lr_scale *= 0.5
+        elif kl < 0.5 * s.target_kl:
+            self.lr_scale = min(1.0, self.lr_scale * 1.3)
         return log.means() | {
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": float(steps),
