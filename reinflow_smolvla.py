@@ -104,6 +104,7 @@ class ReinFlowSmolVLA(nn.Module):
         self._expert_features: Tensor | None = None
         flow.action_out_proj.register_forward_pre_hook(self._keep_expert_features)
         self._trainable = self._freeze_all_but(groups)
+        self.eval()  # acting and updating see the same modules
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str, **settings: Any) -> ReinFlowSmolVLA:

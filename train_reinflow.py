@@ -29,7 +29,7 @@ class TrainingConfig:
 
     # --- What is trained -------------------------------------------------------------------------------------------
     preset: Literal["smolvla", "pi0", "tiny"] = "smolvla"
-    """Which set of defaults the other flags start from; see PRESETS at the end of this class."""
+    """Which set of defaults the other flags start from; see PRESETS below this class."""
     model_type: Literal["smolvla", "pi0"] = "smolvla"
     """Policy family. pi0 has its settings here, but no adapter yet."""
     pretrained_path: str = "lerobot/smolvla_base"
@@ -71,7 +71,7 @@ class TrainingConfig:
     target_kl: float = 0.1
     """Stop an iteration's policy steps once the KL, measured after a step, exceeds this; 0 never stops."""
     undo_overshoot: bool = False
-    """Take back an optimiser step whose KL exceeds 1.5 x target_kl."""
+    """Take back a step whose KL exceeds 1.5 x target_kl and halve the rate, which recovers while KL stays low."""
     num_ppo_epochs: int = 5
     """Passes of the policy over a rollout."""
     num_critic_epochs: int = 5

@@ -166,7 +166,7 @@ class PPOLearner:
             cause = "a log-prob is not finite: the weights or observations hold NaN or infinity"
         elif (new.dtype, old.dtype) != (torch.float32, torch.float32):
             cause = f"log-probs are {old.dtype} when acting and {new.dtype} when updating; both must be float32"
-        elif any(getattr(m, "training", False) for m in [self.policy]):
+        elif getattr(self.policy, "training", False):
             cause = "the policy is in training mode (dropout?); it must be in eval mode for acting and updating"
         else:
             cause = (
@@ -251,11 +251,11 @@ class PPOLearner:
     def _update_critic(self, data: Decisions) -> dict[str, float]:
         """Value regression for all epochs; it shares no parameter with the policy and needs no KL stop."""
         s, log = self.settings, _MeanLog()
-        parameters = self.policy.critic_parameters()
+        parameters, inputs = self.policy.critic_parameters(), self._critic_inputs(data)
         if not parameters:
             return {}
         for rows in full_batches(len(data), s.batch_size, s.num_critic_epochs, self.generator):
-            context = {name: tensor[rows] for name, tensor in data.context.items() if name in self._critic_inputs(data)}
+            context = {name: tensor[rows] for name, tensor in data.context.items() if name in inputs}
             values = self.policy.value(context)
             loss, _ = ppo.value_loss(values, data.value[rows], data.target[rows], s.value_clip_epsilon)
             self.critic_optimizer.zero_grad(set_to_none=True)

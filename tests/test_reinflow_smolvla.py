@@ -133,6 +133,10 @@ def test_each_flag_changes_which_parameters_get_gradients(tiny_policy_dir, flag)
         assert all(n.startswith({"noise_head": "noise_mlp.", "critic": "critic."}[group]) for n in touched)
 
 
+def test_policy_acts_and_learns_in_eval_mode(policy):
+    assert not any(module.training for module in policy.modules())
+
+
 def test_trainable_weights_are_fp32(policy):
     assert all(p.dtype == torch.float32 for p in policy.policy_parameters() + policy.critic_parameters())
 
