@@ -84,6 +84,9 @@ class TrainingConfig:
     """Discount."""
     discount_per: Literal["control_step", "chunk"] = "control_step"
     """What gamma counts: control steps (a chunk of tau steps discounts gamma^tau) or chunks, as in the paper's code."""
+    time_limit_is_terminal: bool = False
+    """Whether the time limit belongs to the task. False adds V(final observation) where it struck, which nothing trains
+    when every episode starts at step 0 and ends at the limit: the critic then feeds on itself."""
     gae_lambda: float = 0.95
     """Bias against variance in the advantage; counts decisions."""
     value_clip_epsilon: float = 0.2

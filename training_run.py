@@ -130,7 +130,7 @@ class TrainingRun:
         self.learner = PPOLearner(
             self.policy, self.spec, LearnerSettings(**matching_fields(config, LearnerSettings)), config.seed
         )
-        self.rollout_settings = RolloutSettings(config.gamma, config.discount_per)
+        self.rollout_settings = RolloutSettings(**matching_fields(config, RolloutSettings))
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.env: ChunkVectorEnv = make_vector_env(
             env_config(config),

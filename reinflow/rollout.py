@@ -103,10 +103,12 @@ class RolloutSettings:
 
     ``control_step``: reward i of the chunk counts gamma**i and the next decision gamma**tau, tau executed steps.
     ``chunk``: a plain sum and one gamma per decision, as in the paper's code.
+    ``time_limit_is_terminal``: nothing is worth anything after a time limit, instead of V(final observation).
     """
 
     gamma: float
     discount_per: DiscountPer
+    time_limit_is_terminal: bool
 
 
 def chunk_return(rewards: np.ndarray, active: np.ndarray, settings: RolloutSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +160,7 @@ def collect_rollout(
             "log_prob": sample.log_prob,
             "active": torch.as_tensor(result.active),
             "value": normalizer.denormalize(policy.value(cursor.context)),
-            "next_value": _next_value(policy, following, result, normalizer),
+            "next_value": _next_value(policy, following, result, normalizer, settings),
             "reward": torch.as_tensor(reward, dtype=torch.float32),
             "discount": torch.as_tensor(discount, dtype=torch.float32),
             "terminated": torch.as_tensor(result.terminated),
@@ -189,10 +191,18 @@ def act(
     return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
 
 
-def _next_value(policy: FlowPolicy, following: Cursor, result: ChunkResult, normalizer: ReturnNormalizer) -> Tensor:
+def _next_value(
+    policy: FlowPolicy,
+    following: Cursor,
+    result: ChunkResult,
+    normalizer: ReturnNormalizer,
+    settings: RolloutSettings,
+) -> Tensor:
     """V of the observation after the chunk, (N,). A time limit looks at the final observation, never at the next
-    episode's first one."""
+    episode's first one; 0 if it is terminal."""
     values = normalizer.denormalize(policy.value(following.context))
+    if settings.time_limit_is_terminal:
+        return values.masked_fill(torch.as_tensor(result.truncated, device=values.device), 0.0)
     if result.final_observation is not None:
         final = Cursor.at(policy, result.final_observation)
         rows = torch.as_tensor(result.final_indices, device=values.device)

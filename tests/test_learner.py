@@ -30,7 +30,7 @@ class Loop:
 
     def rollout(self, steps=4):
         buffer, info, self.cursor = collect_rollout(
-            self.policy, self.env, self.cursor, steps, self.spec, RolloutSettings(0.99, "control_step"),
+            self.policy, self.env, self.cursor, steps, self.spec, RolloutSettings(0.99, "control_step", False),
             self.learner.normalizer, self.generator,
         )  # fmt: skip
         return buffer, info
@@ -146,7 +146,7 @@ def test_chunk_return_by_hand():
     import numpy as np
 
     rewards, active = np.array([[1.0, 2.0, 4.0]]), np.array([[True, True, False]])
-    reward, discount = chunk_return(rewards, active, RolloutSettings(0.5, "control_step"))
+    reward, discount = chunk_return(rewards, active, RolloutSettings(0.5, "control_step", False))
     assert reward == pytest.approx([2.0]) and discount == pytest.approx([0.25])
-    reward, discount = chunk_return(rewards, active, RolloutSettings(0.5, "chunk"))
+    reward, discount = chunk_return(rewards, active, RolloutSettings(0.5, "chunk", False))
     assert reward == pytest.approx([3.0]) and discount == pytest.approx([0.5])
