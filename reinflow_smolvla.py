@@ -63,8 +63,6 @@ def pack_cache(cache: DynamicCache) -> Tensor:
 class ReinFlowSmolVLA(nn.Module):
     """A stock SmolVLAPolicy with ReinFlow's noise head and critic. Implements reinflow.policy.FlowPolicy."""
 
-    critic_inputs = ("features",)
-
     def __init__(
         self,
         policy: SmolVLAPolicy,
@@ -77,8 +75,11 @@ class ReinFlowSmolVLA(nn.Module):
         sigma_max: float,
         groups: TrainableGroups,
         critic_hidden_size: int,
+        critic_state_dim: int = 0,
     ):
         """Wrap ``policy``; its config's ``num_steps`` and ``n_action_steps`` are set to the values trained with.
+
+        The critic reads the prefix features, or, with ``critic_state_dim`` S > 0, the environment's privileged state.
 
         Raises:
             ValueError: n_action_steps exceeds the policy's chunk.
@@ -100,7 +101,9 @@ class ReinFlowSmolVLA(nn.Module):
         self.noise_mlp = NoiseHead(flow.vlm_with_expert.expert_hidden_size, self.action_dim, sigma_min, sigma_max).to(
             device
         )
-        self.critic = ReinFlowCritic(flow.vlm_with_expert.config.text_config.hidden_size, critic_hidden_size).to(device)
+        self.critic_inputs = ("environment_state",) if critic_state_dim else ("features",)
+        feature_dim = critic_state_dim or flow.vlm_with_expert.config.text_config.hidden_size
+        self.critic = ReinFlowCritic(feature_dim, critic_hidden_size, running=bool(critic_state_dim)).to(device)
         self._expert_features: Tensor | None = None
         flow.action_out_proj.register_forward_pre_hook(self._keep_expert_features)
         self._trainable = self._freeze_all_but(groups)
@@ -149,7 +152,10 @@ class ReinFlowSmolVLA(nn.Module):
             image = torch.from_numpy(np.ascontiguousarray(observation["pixels"][name]))  # (B, h, w, 3) uint8
             batch[OBS_IMAGES_PREFIX + name] = image.permute(0, 3, 1, 2).float() / 255.0
         batch["task"] = observation["task"]
-        return self.preprocessor(batch)
+        batch = self.preprocessor(batch)
+        if "environment_state" in self.critic_inputs:
+            batch["environment_state"] = torch.as_tensor(observation["environment_state"]).to(batch[OBS_STATE].device)
+        return batch
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Context:
@@ -169,7 +175,10 @@ class ReinFlowSmolVLA(nn.Module):
         )
         # The state token is the only one with attention mask 1: it alone sees images, language and state.
         state_token = int(attention[0].int().argmax())
-        return {"kv": pack_cache(cache), "pad": pad, "features": hidden[:, state_token].float()}
+        context = {"kv": pack_cache(cache), "pad": pad, "features": hidden[:, state_token].float()}
+        if "environment_state" in batch:
+            context["environment_state"] = batch["environment_state"]
+        return context
 
     @contextmanager
     def _only_executed_tokens(self) -> Iterator[None]:
@@ -195,7 +204,11 @@ class ReinFlowSmolVLA(nn.Module):
 
     def value(self, context: Context) -> Tensor:
         """(B,) in normalised return units."""
-        return self.critic(context["features"])
+        return self.critic(context[self.critic_inputs[0]])
+
+    def observe(self, context: Context) -> None:
+        """Running statistics of the critic's input, where it is the privileged state."""
+        self.critic.observe(context[self.critic_inputs[0]])
 
     def postprocess(self, actions: Tensor) -> np.ndarray:
         """(B, n, A) normalised -> environment units, float64."""

@@ -48,6 +48,9 @@ class TrainingConfig:
     """Train the noise head; False keeps the noise in the middle of [sigma_min, sigma_max]."""
     train_critic: bool = True
     """Train the critic; without it advantages are plain returns."""
+    critic_input: Literal["features", "state"] = "features"
+    """What the critic reads: the policy's prefix features, or the simulator's privileged state (an asymmetric
+    actor-critic; the critic is not deployed)."""
     critic_hidden_size: int = 512
     """Width of the critic's first hidden layer; the second is half of it."""
 
@@ -62,6 +65,12 @@ class TrainingConfig:
     """Of weights, noise, shuffling and training blocks. Seeds from 10,000 up are for reporting only."""
 
     # --- PPO -------------------------------------------------------------------------------------------------------
+    policy_optimizer: Literal["adam", "natural"] = "adam"
+    """adam, or natural: one K-FAC step per rollout, scaled until its KL is target_kl; policy_lr is then not used."""
+    natural_damping: float = 0.1
+    """Damping of K-FAC's covariances, as a share of their mean diagonal."""
+    natural_momentum: float = 0.5
+    """Share of gradient and covariances that K-FAC keeps from one update to the next."""
     policy_lr: float = 3e-6
     """Adam's learning rate of the policy. A step's KL grows with lr^2 x D / sigma^2: D = 300 needs a small one."""
     critic_lr: float = 1e-4
@@ -247,21 +256,22 @@ PRESETS: dict[str, TrainingConfig] = {
         log_prob_reduction="dim",
         sigma_min=0.15,
         sigma_max=0.15,
-        train_full_expert=False,
-        train_time_mlp=False,
-        policy_lr=5e-4,
+        policy_optimizer="natural",
         num_ppo_epochs=1,
         num_critic_epochs=40,
         critic_lr=1e-3,
         clip_epsilon=0.2,
+        value_clip_epsilon=0.0,
         target_kl=0.03,
-        undo_overshoot=True,
+        gae_lambda=0.7,
+        time_limit_is_terminal=True,
         grad_clip_norm=1.0,
         minibatch_size=128,
         gradient_accumulation_steps=9,
-        lr_warmup_iterations=2,
+        lr_warmup_iterations=0,
         critic_warmup_iters=1,
-        eval_interval=3,
+        eval_interval=4,
+        eval_episodes=200,
         save_interval=1_536,
         wandb_mode="offline",
     ),

@@ -24,7 +24,7 @@ from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings
 from reinflow.schedules import in_critic_warmup, noise_bounds, warmup_lr
 from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
-from so101_mujoco_utils import model_dir
+from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
 from so101_vector_env import ChunkVectorEnv, SequentialVectorEnv, make_vector_env
 from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
 
@@ -49,7 +49,7 @@ def env_config(config: TrainingConfig) -> EnvConfig:
     path = Path(config.model_path)
     if not path.exists() and not path.is_absolute():
         path = model_dir() / path.name
-    return EnvConfig(**(settings | {"model_path": str(path)}))
+    return EnvConfig(**(settings | {"model_path": str(path), "environment_state": config.critic_input == "state"}))
 
 
 def policy_card(config: TrainingConfig) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def build_policy(config: TrainingConfig, device: str) -> ReinFlowSmolVLA:
         sigma_max=config.sigma_max,
         groups=TrainableGroups(**matching_fields(config, TrainableGroups)),
         critic_hidden_size=config.critic_hidden_size,
+        critic_state_dim=len(ENVIRONMENT_STATE_NAMES) if config.critic_input == "state" else 0,
     )
     if policy.chunk_size != config.chunk_size:
         raise ConfigError(f"chunk_size={config.chunk_size}, but {path} predicts {policy.chunk_size}: set chunk_size")
@@ -294,7 +295,7 @@ class TrainingRun:
         c = self.config
         result = self._evaluate(c.eval_seed, c.eval_episodes)
         self.metrics |= result.metrics() | {"time/eval": result.elapsed_s}
-        if result.success_rate > self.best_success:
+        if result.success_rate >= self.best_success:  # of equals the later one: more training at no loss
             self.best_success = result.success_rate
             self.save()
             checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from reinflow import UserError, ppo
 from reinflow.flow import ChainSpec, chain_log_prob, group_mask
+from reinflow.natural import NaturalGradient
 from reinflow.policy import Context, FlowPolicy
 from reinflow.rollout import RolloutBuffer
 
 RATIO_TOLERANCE = 1e-4
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
 KL_SAMPLE = 128  # decisions on which the KL is measured after every optimiser step
+KL_TRIALS, KL_TRIAL_TOLERANCE = 8, 0.2  # of a natural step, to find the length that has the wanted KL
 
 
 class RatioGuardError(UserError, RuntimeError):
@@ -26,6 +29,9 @@ class RatioGuardError(UserError, RuntimeError):
 class LearnerSettings:
     """Everything the update needs; the defaults live in TrainingConfig, which says why under each."""
 
+    policy_optimizer: Literal["adam", "natural"]
+    natural_damping: float
+    natural_momentum: float
     policy_lr: float
     critic_lr: float
     clip_epsilon: float
@@ -78,13 +84,22 @@ def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) 
         yield stream[start : start + batch]
 
 
+def make_policy_optimizer(policy: FlowPolicy, settings: LearnerSettings) -> torch.optim.Optimizer:
+    """Adam, or K-FAC over the policy's linear layers."""
+    parameters = policy.policy_parameters()
+    if settings.policy_optimizer == "natural":
+        module = cast(torch.nn.Module, policy)
+        return NaturalGradient(module, parameters, settings.natural_damping, settings.natural_momentum)
+    return torch.optim.Adam(parameters, lr=settings.policy_lr, eps=1e-5)
+
+
 class PPOLearner:
     """Owns both optimisers and the return normaliser; ``update`` turns a rollout into new weights."""
 
     def __init__(self, policy: FlowPolicy, spec: ChainSpec, settings: LearnerSettings, seed: int):
         self.policy, self.spec, self.settings = policy, spec, settings
         self.normalizer = ppo.ReturnNormalizer()
-        self.policy_optimizer = torch.optim.Adam(policy.policy_parameters(), lr=settings.policy_lr, eps=1e-5)
+        self.policy_optimizer = make_policy_optimizer(policy, settings)
         self.critic_optimizer = torch.optim.Adam(policy.critic_parameters(), lr=settings.critic_lr, eps=1e-5)
         self.generator = torch.Generator().manual_seed(seed)  # shuffling; on the CPU for every device
         self.lr_scale = 1.0  # halved by a step that had to be undone, recovers while KL stays below half of its target
@@ -109,7 +124,8 @@ class PPOLearner:
         data, metrics = self._targets(buffer)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
-            metrics |= self._update_policy(data)
+            natural = isinstance(self.policy_optimizer, NaturalGradient)
+            metrics |= self._natural_step(data, lr_factor) if natural else self._update_policy(data)
         return metrics | self._update_critic(data)
 
     def _targets(self, buffer: RolloutBuffer) -> tuple[Decisions, dict[str, float]]:
@@ -202,8 +218,39 @@ class PPOLearner:
             "ppo/steps_undone": float(undone),
         }
 
+    def _natural_step(self, data: Decisions, kl_factor: float) -> dict[str, float]:
+        """One step along the natural gradient of the whole rollout, as far as ``target_kl`` (x warm-up) allows."""
+        optimizer, target = cast(NaturalGradient, self.policy_optimizer), self.settings.target_kl * kl_factor
+        info = self._policy_gradient(data, torch.arange(len(data)))
+        directions, snapshot = optimizer.directions(), self._snapshot()
+        kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
+        length, kl = float(torch.stack([d.norm() for d in directions]).norm()), 0.0
+        scale = 1e-3 / max(length, 1e-12)
+        for _ in range(KL_TRIALS if length > 0 else 0):
+            self._restore(snapshot)
+            optimizer.move(directions, scale)
+            kl = self._measure_kl(kl_data)
+            if abs(kl / target - 1) < KL_TRIAL_TOLERANCE:
+                break
+            scale *= min(max((target / max(kl, 1e-12)) ** 0.5, 0.1), 30.0)  # KL grows with the square of the step
+        return info | {
+            "ppo/approx_kl": kl,
+            "ppo/optimizer_steps": 1.0,
+            "ppo/epochs_done": 1.0,
+            "ppo/early_stopped": 0.0,
+            "ppo/steps_undone": 0.0,
+        }
+
     def _policy_step(self, data: Decisions, rows: Tensor) -> dict[str, float]:
-        """One optimiser step on the whole batch ``rows``, accumulated over minibatches."""
+        """One optimiser step on the whole batch ``rows``."""
+        info = self._policy_gradient(data, rows)
+        parameters, limit = self.policy.policy_parameters(), self.settings.grad_clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        self.policy_optimizer.step()
+        return info | {"gradients/policy_norm": norm, "gradients/policy_clipped": float(norm > limit)}
+
+    def _policy_gradient(self, data: Decisions, rows: Tensor) -> dict[str, float]:
+        """Gradient of the batch ``rows``, accumulated over minibatches."""
         s, log = self.settings, _MeanLog()
         self.policy_optimizer.zero_grad(set_to_none=True)
         active_groups = data.mask[rows].sum()
@@ -224,12 +271,7 @@ class PPOLearner:
             })  # fmt: skip
             log.extreme("ppo/ratio_min", float(info["ratio_min"]), min)
             log.extreme("ppo/ratio_max", float(info["ratio_max"]), max)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.policy_parameters(), s.grad_clip_norm).item()
-        self.policy_optimizer.step()
-        return log.means() | {
-            "gradients/policy_norm": norm,
-            "gradients/policy_clipped": float(norm > s.grad_clip_norm),
-        }
+        return log.means()
 
     @torch.no_grad()
     def _measure_kl(self, data: Decisions) -> float:
@@ -254,6 +296,7 @@ class PPOLearner:
         parameters, inputs = self.policy.critic_parameters(), self._critic_inputs(data)
         if not parameters:
             return {}
+        self.policy.observe(data.context)
         for rows in full_batches(len(data), s.batch_size, s.num_critic_epochs, self.generator):
             context = {name: tensor[rows] for name, tensor in data.context.items() if name in inputs}
             values = self.policy.value(context)

@@ -49,6 +49,10 @@ class FlowPolicy(Protocol):
         """State value in normalised return units, (B,)."""
         ...
 
+    def observe(self, context: Context) -> None:
+        """See the decisions of a new rollout, for running statistics of the critic's input."""
+        ...
+
     def postprocess(self, actions: Tensor) -> np.ndarray:
         """(B, n, A) model actions -> environment actions, float64. The only place that un-normalises."""
         ...
@@ -111,15 +115,45 @@ class NoiseHead(nn.Module):
         return self.sigma_min + (self.sigma_max - self.sigma_min) * squashed
 
 
+class RunningNorm(nn.Module):
+    """Each dim to zero mean and unit variance over everything seen by ``update``; the identity before that."""
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Add rows (..., dim) (Chan et al.'s parallel update)."""
+        rows = rows.detach().flatten(0, -2).float()
+        var, mean = torch.var_mean(rows, dim=0, correction=0)
+        old, total = self.count, self.count + len(rows)
+        delta, share = mean - self.mean, len(rows) / total
+        self.var.copy_((1 - share) * self.var * (old > 0) + share * var + share * (1 - share) * delta**2 * (old > 0))
+        self.mean.add_(share * delta)
+        self.count.copy_(total)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        # A dim that never moved (a force before any contact) may start to: its scale is unknown, not zero.
+        return ((rows - self.mean) / (self.var.sqrt() + 1e-2)).clamp(-10, 10)
+
+
 class ReinFlowCritic(nn.Module):
     """State value from observation features: Linear(F, 512) -> ReLU -> Linear(512, 256) -> ReLU -> Linear(256, 1).
 
-    Input features are layer-normalised: a language model's hidden state has a few dims far larger than the rest.
+    Network features are layer-normalised: a language model's hidden state has a few dims far larger than the rest.
+    A simulator state mixes units, so its dims are normalised one by one (``running``).
     """
 
-    def __init__(self, feature_dim: int, hidden_size: int = 512):
+    def __init__(self, feature_dim: int, hidden_size: int = 512, running: bool = False):
         super().__init__()
-        self.norm = nn.LayerNorm(feature_dim)
+        self.norm: RunningNorm | nn.LayerNorm = RunningNorm(feature_dim) if running else nn.LayerNorm(feature_dim)
         self.mlp = nn.Sequential(
             nn.Linear(feature_dim, hidden_size), nn.ReLU(),
             nn.Linear(hidden_size, hidden_size // 2), nn.ReLU(),
@@ -127,6 +161,11 @@ class ReinFlowCritic(nn.Module):
         )  # fmt: skip
         nn.init.zeros_(self.mlp[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.mlp[-1].bias)  # type: ignore[arg-type]
+
+    def observe(self, features: Tensor) -> None:
+        """Add (..., F) to the running statistics, if there are any."""
+        if isinstance(self.norm, RunningNorm):
+            self.norm.update(features)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) -> (B,), fp32."""
@@ -213,6 +252,9 @@ class FlowMLP(nn.Module):
 
     def value(self, context: Context) -> Tensor:
         return self.critic(context["state"])
+
+    def observe(self, context: Context) -> None:
+        self.critic.observe(context["state"])
 
     def postprocess(self, actions: Tensor) -> np.ndarray:
         return (actions * self.action_std + self.action_mean).double().cpu().numpy()

@@ -9,6 +9,7 @@ from reinflow.rollout import Cursor, RolloutSettings, chunk_return, collect_roll
 from tests.fakes import ReachEnv, clone_half_the_way, make_policy
 
 SETTINGS = LearnerSettings(
+    policy_optimizer="adam", natural_damping=0.1, natural_momentum=0.0,
     policy_lr=3e-3, critic_lr=3e-3, clip_epsilon=0.2, target_kl=0.0, undo_overshoot=False, num_ppo_epochs=4,
     num_critic_epochs=4, minibatch_size=32, gradient_accumulation_steps=2, gae_lambda=0.95, value_clip_epsilon=0.2,
     entropy_coeff=0.0, grad_clip_norm=1.0,
@@ -55,6 +56,33 @@ def test_learns_the_fake_task(spec, target_kl):
         loop.learner.update(buffer)
         returns.append(sum(e.return_ for e in info.episodes) / len(info.episodes))
     assert sum(returns[-3:]) > 0.88 * sum(returns[:3])
+
+
+def test_natural_step_spends_its_kl_and_learns():
+    """No learning rate to choose: the step is as long as target_kl allows."""
+    settings = LearnerSettings(**{
+        **SETTINGS.__dict__, "policy_optimizer": "natural", "target_kl": 0.05, "num_ppo_epochs": 1
+    })  # fmt: skip
+    loop = Loop(ChainSpec(1, "dim", "dct", 2), settings, num_envs=128)
+    clone_half_the_way(loop.policy)
+    loop.cursor = Cursor.at(loop.policy, loop.env._observe())
+    returns = []
+    for _ in range(25):
+        buffer, info = loop.rollout()
+        metrics = loop.learner.update(buffer)
+        assert metrics["ppo/approx_kl"] == pytest.approx(0.05, rel=0.25)
+        returns.append(sum(e.return_ for e in info.episodes) / len(info.episodes))
+    assert sum(returns[-3:]) > 0.88 * sum(returns[:3])
+
+
+def test_natural_step_leaves_a_policy_without_signal_alone():
+    settings = LearnerSettings(**{**SETTINGS.__dict__, "policy_optimizer": "natural", "target_kl": 0.02})
+    loop = Loop(settings=settings)
+    buffer, _ = loop.rollout()
+    buffer.reward[:], buffer.value[:], buffer.next_value[:] = 0.0, 0.0, 0.0  # equal advantages: zeros
+    before = loop.policy.head.weight.detach().clone()
+    loop.learner.update(buffer)
+    assert torch.equal(before, loop.policy.head.weight)
 
 
 def test_ratio_guard_stops_on_changed_weights():

@@ -1,0 +1,94 @@
+"""Natural-gradient policy steps: K-FAC (Martens & Grosse, arXiv 1503.05671), as ACKTR uses it for actor-critics
+(Wu et al., arXiv 1708.05144).
+
+A policy step is limited by its KL, so the direction that counts is the one that gains most per KL. Adam's is not: it
+moves every weight by about the same amount, the noisy ones too. K-FAC divides by the Fisher matrix, approximated for a
+linear layer with inputs ``a`` and output gradients ``g`` by ``E[g g^T] x E[a a^T]``. How far to go along the direction
+is measured, not tuned: the learner scales the step until its KL is ``target_kl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """K-FAC over the linear layers of a policy; weights outside linear layers (norm scales) stay as they are.
+
+    Between ``zero_grad`` and ``move``, every backward pass through a layer adds to its two covariances.
+
+    Args:
+        policy: module that holds the layers.
+        parameters: the trainable ones; a layer takes part if its weight is among them.
+        damping: added to both covariances, as a share of their mean diagonal. Larger is closer to the plain gradient.
+        momentum: share of the former average that gradient and covariances keep from one update to the next.
+    """
+
+    def __init__(self, policy: nn.Module, parameters: Iterable[nn.Parameter], damping: float, momentum: float):
+        wanted = {id(p) for p in parameters}
+        self.layers = [m for m in policy.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
+        if not self.layers:
+            raise ValueError("no linear layer is trainable: the natural gradient has nothing to move")
+        super().__init__([m.weight for m in self.layers], {"lr": 0.0, "damping": damping, "momentum": momentum})
+        self._sums: dict[nn.Linear, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer in self.layers:
+            layer.register_forward_hook(self._watch)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients and covariances of the last batch."""
+        self._sums.clear()
+        super().zero_grad(set_to_none)
+
+    def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        a = inputs[0].detach().flatten(0, -2).float()
+        if layer.bias is not None:
+            a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+        output.register_hook(lambda g: self._add(layer, a, g.detach().flatten(0, -2).float()))
+
+    def _add(self, layer: Any, a: Tensor, g: Tensor) -> None:
+        new = (a.T @ a, g.T @ g, g.T @ a)
+        old = self._sums.get(layer)
+        self._sums[layer] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def directions(self) -> list[Tensor]:
+        """Natural gradient (out, in [+ 1 for the bias]) of every layer, in the order of ``layers``.
+
+        Raises:
+            RuntimeError: no backward pass since ``zero_grad``.
+        """
+        if not self._sums:
+            raise RuntimeError("directions needs a backward pass first")
+        return [self._direction(layer) for layer in self.layers]
+
+    def _direction(self, layer: nn.Linear) -> Tensor:
+        group, state = self.param_groups[0], self.state[layer.weight]
+        width = layer.in_features + (layer.bias is not None)
+        fresh = self._sums.get(layer)
+        if fresh is None or not bool(fresh[1].any()):  # fixed noise: the noise head gets no gradient
+            return layer.weight.new_zeros(layer.out_features, width)
+        for name, new in zip(("input", "output", "gradient"), fresh, strict=True):
+            keep = group["momentum"] if name in state else 0.0
+            state[name] = new if keep == 0.0 else keep * state[name] + (1 - keep) * new
+        left = self._damped(state["output"], group["damping"])
+        right = self._damped(state["input"], group["damping"])
+        return torch.linalg.solve(right, torch.linalg.solve(left, state["gradient"]).T).T
+
+    @staticmethod
+    def _damped(covariance: Tensor, damping: float) -> Tensor:
+        return covariance + damping * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+
+    @torch.no_grad()
+    def move(self, directions: list[Tensor], scale: float) -> None:
+        """``weights -= scale * direction``; a second call with ``-scale`` takes it back up to rounding."""
+        for layer, direction in zip(self.layers, directions, strict=True):
+            if layer.bias is not None:
+                layer.bias.sub_(scale * direction[:, -1])
+                direction = direction[:, :-1]
+            layer.weight.sub_(scale * direction)
