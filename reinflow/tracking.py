@@ -65,7 +65,7 @@ METRICS: dict[str, str] = {
     "critic/return_std": "Standard deviation of the GAE targets, in reward units.",
     "critic/reward_to_go_mean": "Mean discounted sum of rewards to the episode's end: what rewards alone explain.",
     "critic/bootstrap_mean": "Mean V(final observation) that targets add where the time limit struck.",
-    "critic/target_shift": "Mean target minus mean value at sampling, in standard deviations of the return.",
+    "critic/target_shift": "Mean normalised target minus the critic's mean output at sampling.",
     "critic/advantage_std": "Standard deviation of the advantages before normalisation, in reward units.",
     "noise/std_mean": "Mean exploration std, in normalised action units.",
     "noise/sigma_min": "Lower bound of the exploration std.",
