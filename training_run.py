@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from reinflow import checkpoint
+from reinflow.doctor import Doctor
 from reinflow.evaluate import EvalResult, evaluate, write_eval_info
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
@@ -145,6 +146,7 @@ class TrainingRun:
         self.metrics: dict[str, float] = {}
         self.cursor: Cursor
         self.tracker: Tracker
+        self.doctor: Doctor
         self.wandb_id: str | None = None
         self.stop_requested = False
         self._saved_at = self._logged_at = 0
@@ -175,6 +177,7 @@ class TrainingRun:
             resumed_iteration=run.iteration if config.resume else None,
         )
         run.wandb_id = run.tracker.wandb_run_id
+        run.doctor = Doctor(run.run_dir, config_to_json(config), run.iteration if config.resume else None)
         return run
 
     @classmethod
@@ -307,7 +310,7 @@ class TrainingRun:
         )  # fmt: skip
 
     def log(self) -> None:
-        """Metrics of this iteration to console, metrics.jsonl and wandb."""
+        """Metrics of this iteration to console, metrics.jsonl and wandb; the doctor reads them too."""
         self.metrics |= {
             "progress/episodes": float(self.episodes),
             "time/iteration": time.perf_counter() - self._iteration_start,
@@ -315,6 +318,8 @@ class TrainingRun:
         if self.episodes - self._logged_at >= self.config.log_interval:
             self._logged_at = self.episodes
             self.tracker.log(self.iteration, self.metrics)
+            for finding in self.doctor.examine(self.iteration, self.metrics):
+                self.tracker.alert(finding.rule, str(finding), error=finding.severity == "error")
 
     def save_if_due(self) -> None:
         """A checkpoint every ``save_interval`` episodes."""
@@ -384,6 +389,7 @@ def _rollout_metrics(info: RolloutInfo) -> dict[str, float]:
     metrics |= {
         "rollout/success_rate": float(np.mean([e.success for e in episodes])),
         "rollout/return_mean": float(np.mean([e.return_ for e in episodes])),
+        "rollout/return_std": float(np.std([e.return_ for e in episodes])),
         "rollout/episode_length": float(np.mean([e.length for e in episodes])),
         "rollout/max_height": float(np.mean([e.max_height_m for e in episodes])),
         "rollout/clipped_targets": float(np.mean([e.clipped_targets for e in episodes])),

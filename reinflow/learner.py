@@ -138,11 +138,16 @@ class PPOLearner:
             "ppo/explained_variance": float(ppo.explained_variance(buffer.value, returns)),
             "critic/return_mean": returns.mean().item(),
             "critic/return_std": returns.std().item(),
+            "critic/reward_to_go_mean": _reward_to_go(buffer).mean().item(),
             "critic/advantage_std": advantages.std().item(),
         }
+        if bool(buffer.truncated.any()):
+            metrics["critic/bootstrap_mean"] = buffer.next_value[buffer.truncated].mean().item()
         # What the network itself put out: the clip range around it must not move with the statistics.
         old_outputs = self.normalizer.normalize(buffer.value.flatten())
         self.normalizer.update(returns)
+        target = self.normalizer.normalize(returns.flatten())
+        metrics["critic/target_shift"] = (target - old_outputs).mean().item()
         active = buffer.active.flatten(0, 1)
         return Decisions(
             context={name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()},
@@ -151,7 +156,7 @@ class PPOLearner:
             mask=group_mask(active, self.policy.action_dim, self.spec),
             advantage=ppo.normalize_advantages(advantages.flatten()),
             value=old_outputs,
-            target=self.normalizer.normalize(returns.flatten()),
+            target=target,
         ), metrics
 
     @torch.no_grad()
@@ -175,6 +180,7 @@ class PPOLearner:
             "ppo/ratio_error_before_update": error,
             "logprob/per_dimension": total / coordinates,
             "logprob/groups": float(dims),
+            "logprob/coordinates": coordinates / dims,
         }
 
     def _name_the_cause(self, error: float, new: Tensor, old: Tensor) -> str:
@@ -196,9 +202,12 @@ class PPOLearner:
         s, log = self.settings, _MeanLog()
         kl_rows = torch.randperm(len(data), generator=self.generator)[:KL_SAMPLE]
         kl_data, kl, steps, stopped, undone = data[kl_rows], 0.0, 0, False, False
+        norms: list[float] = []
         for rows in full_batches(len(data), s.batch_size, s.num_ppo_epochs, self.generator):
             snapshot = self._snapshot() if s.undo_overshoot else None
-            log.add(self._policy_step(data, rows))
+            step = self._policy_step(data, rows)
+            log.add(step)
+            norms.append(step["gradients/policy_norm"])
             kl, steps = self._measure_kl(kl_data), steps + 1
             stopped = s.target_kl > 0 and not kl <= s.target_kl
             undone = stopped and snapshot is not None and not kl <= OVERSHOOT * s.target_kl
@@ -211,6 +220,8 @@ class PPOLearner:
         elif kl < 0.5 * s.target_kl:
             self.lr_scale = min(1.0, self.lr_scale * 1.3)
         return log.means() | {
+            "gradients/policy_norm_first": norms[0] if norms else 0.0,
+            "gradients/policy_norm_last": norms[-1] if norms else 0.0,
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": float(steps),
             "ppo/epochs_done": steps * s.batch_size / len(data),
@@ -315,6 +326,12 @@ class PPOLearner:
     def _critic_inputs(self, data: Decisions) -> set[str]:
         """Names of the context tensors that ``value`` reads; all of them unless the policy says which."""
         return set(getattr(self.policy, "critic_inputs", data.context.keys()))
+
+
+def _reward_to_go(buffer: RolloutBuffer) -> Tensor:
+    """(T, N) discounted rewards from each decision to its episode's end; no value takes part."""
+    zeros = torch.zeros_like(buffer.value)
+    return ppo.compute_gae(buffer.reward, zeros, zeros, buffer.terminated, buffer.truncated, buffer.discount, 1.0)[1]
 
 
 class _MeanLog:

@@ -32,6 +32,7 @@ METRICS: dict[str, str] = {
     "progress/episodes": "Training episodes completed.",
     "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
     "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",
+    "rollout/return_std": "Standard deviation of the undiscounted returns of the iteration's episodes.",
     "rollout/episode_length": "Mean control steps per episode.",
     "rollout/max_height": "Mean over episodes of the block's greatest height, metres.",
     "rollout/clipped_targets": "Joint targets per episode that lay beyond a joint limit and were clipped.",
@@ -39,6 +40,7 @@ METRICS: dict[str, str] = {
     "logprob/new_mean": "Mean log-prob of a ratio group under the weights being trained. Positive for small noise.",
     "logprob/per_dimension": "Log-prob per noise coordinate; about -log(sigma) - 1.42 while the policy is unchanged.",
     "logprob/groups": "Ratio groups per decision (G), set by the log-prob reduction.",
+    "logprob/coordinates": "Noise coordinates that one ratio group sums (D of a ratio).",
     "training/clip_fraction": "Share of ratios outside 1 +- clip_epsilon. Healthy: 0.05 to 0.3.",
     "ppo/ratio_min": "Smallest ratio of new to old probability seen in the iteration's updates.",
     "ppo/ratio_max": "Largest such ratio.",
@@ -54,11 +56,16 @@ METRICS: dict[str, str] = {
     "loss/value": "Half mean squared error of the value in normalised returns.",
     "loss/entropy": "Mean entropy of one noise coordinate.",
     "gradients/policy_norm": "Policy gradient norm before clipping.",
+    "gradients/policy_norm_first": "The same at the iteration's first optimiser step.",
+    "gradients/policy_norm_last": "And at its last; growth means that later steps work against the first.",
     "gradients/critic_norm": "Critic gradient norm before clipping.",
     "gradients/policy_clipped": "Share of policy steps whose gradient was clipped.",
     "gradients/critic_clipped": "Share of critic steps whose gradient was clipped.",
     "critic/return_mean": "Mean GAE target, in reward units.",
     "critic/return_std": "Standard deviation of the GAE targets, in reward units.",
+    "critic/reward_to_go_mean": "Mean discounted sum of rewards to the episode's end: what rewards alone explain.",
+    "critic/bootstrap_mean": "Mean V(final observation) that targets add where the time limit struck.",
+    "critic/target_shift": "Mean normalised target minus the critic's mean output at sampling.",
     "critic/advantage_std": "Standard deviation of the advantages before normalisation, in reward units.",
     "noise/std_mean": "Mean exploration std, in normalised action units.",
     "noise/sigma_min": "Lower bound of the exploration std.",
@@ -110,6 +117,9 @@ class Sink:
     def message(self, text: str) -> None:
         """Take a line for the user."""
 
+    def alert(self, title: str, text: str, error: bool) -> None:
+        """Take something that the user should look at now."""
+
     def close(self, failed: bool) -> None:
         """Flush and release everything; ``failed`` if an error ended the run."""
 
@@ -126,6 +136,9 @@ class PlainConsole(Sink):
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def alert(self, title: str, text: str, error: bool) -> None:
+        self.message(text)
 
     def _line(self, metrics: Mapping[str, float]) -> str:
         parts = [f"iteration {metrics['progress/iteration']:.0f}"]
@@ -192,6 +205,11 @@ class LiveConsole(PlainConsole):
         self.bar.stop()
 
 
+def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """``metrics`` as metrics.jsonl holds them: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
 class JsonlSink(Sink):
     """metrics.jsonl: one JSON object per log call, flushed at once. A value that is not finite becomes null."""
 
@@ -202,8 +220,7 @@ class JsonlSink(Sink):
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.file.write(json.dumps(finite_or_none(metrics), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self, failed: bool) -> None:
@@ -260,6 +277,9 @@ class WandbSink(Sink):
     def log(self, metrics: Mapping[str, float]) -> None:
         self.run.log(dict(metrics))
 
+    def alert(self, title: str, text: str, error: bool) -> None:
+        self.run.alert(title=title, text=text, level="ERROR" if error else "WARN")
+
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
@@ -295,6 +315,11 @@ class Tracker:
         """Print a line without tearing the live bar."""
         for sink in self.sinks:
             sink.message(text)
+
+    def alert(self, title: str, text: str, error: bool = False) -> None:
+        """Show ``text`` now; Weights & Biases notifies its user under ``title``."""
+        for sink in self.sinks:
+            sink.alert(title, text, error)
 
     def close(self, failed: bool = False) -> None:
         """Close every sink, also those after one that fails to close."""

@@ -43,17 +43,19 @@ class FakeResult:
 
 
 class ReachEnv:
-    """Every action should equal the first two state entries; an episode is two chunks and then truncated.
+    """Every action should equal the first ``action_dim`` of the action_dim + 1 state entries.
+
+    An episode is two chunks and then truncated.
 
     With ``terminate_at`` the episode ends inside its first chunk after that many control steps.
     """
 
-    def __init__(self, num_envs: int, terminate_at: int | None = None):
-        self.num_envs, self.terminate_at = num_envs, terminate_at
+    def __init__(self, num_envs: int, terminate_at: int | None = None, action_dim: int = ACTION_DIM):
+        self.num_envs, self.terminate_at, self.action_dim = num_envs, terminate_at, action_dim
 
     def reset(self, seeds: Sequence[int]) -> dict[str, Any]:
         self.rngs = [np.random.default_rng(s) for s in seeds]
-        self.states = np.stack([r.uniform(-1, 1, STATE_DIM) for r in self.rngs])
+        self.states = np.stack([r.uniform(-1, 1, self.action_dim + 1) for r in self.rngs])
         self.age = np.zeros(self.num_envs, dtype=int)
         return self._observe()
 
@@ -62,7 +64,7 @@ class ReachEnv:
 
     def step_chunk(self, actions: np.ndarray) -> FakeResult:
         n = actions.shape[1]
-        rewards = -np.abs(actions - self.states[:, None, :ACTION_DIM]).mean(-1)
+        rewards = -np.abs(actions - self.states[:, None, : self.action_dim]).mean(-1)
         active = np.ones((self.num_envs, n), dtype=bool)
         terminated = np.zeros(self.num_envs, dtype=bool)
         if self.terminate_at is not None:
@@ -79,16 +81,18 @@ class ReachEnv:
             for i in np.flatnonzero(truncated | terminated)
         ]
         for i in np.flatnonzero(truncated | terminated):
-            self.states[i], self.age[i] = self.rngs[i].uniform(-1, 1, STATE_DIM), 0
+            self.states[i], self.age[i] = self.rngs[i].uniform(-1, 1, self.action_dim + 1), 0
         return FakeResult(
             self._observe(), rewards, active, terminated, truncated, np.flatnonzero(truncated), final, episodes
         )
 
 
-def make_policy(seed: int = 0, sigma: tuple[float, float] = (0.1, 0.3)) -> FlowMLP:
+def make_policy(
+    seed: int = 0, sigma: tuple[float, float] = (0.1, 0.3), action_dim: int = ACTION_DIM, chunk: int = CHUNK
+) -> FlowMLP:
     """A FlowMLP with the fake's dimensions."""
     torch.manual_seed(seed)
-    return FlowMLP(STATE_DIM, ACTION_DIM, CHUNK, hidden_size=32, sigma_min=sigma[0], sigma_max=sigma[1]).eval()
+    return FlowMLP(action_dim + 1, action_dim, chunk, hidden_size=32, sigma_min=sigma[0], sigma_max=sigma[1]).eval()
 
 
 def clone_half_the_way(policy: FlowMLP, steps: int = 300) -> None:
@@ -96,8 +100,8 @@ def clone_half_the_way(policy: FlowMLP, steps: int = 300) -> None:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
     for _ in range(steps):
-        states = torch.rand(64, STATE_DIM, generator=generator) * 2 - 1
-        actions = 0.5 * states[:, None, :ACTION_DIM].expand(-1, CHUNK, -1)
+        states = torch.rand(64, policy.action_dim + 1, generator=generator) * 2 - 1
+        actions = 0.5 * states[:, None, : policy.action_dim].expand(-1, policy.chunk_size, -1)
         loss = policy.flow_matching_loss(states, actions, generator)
         optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("reinflow/*.py"), *ROOT.glob("benchmarks/*.py")])]
-ENTRY_POINTS = {"train_reinflow", "training_run", "training_checks", "reinflow_eval"}
+ENTRY_POINTS = {"train_reinflow", "training_run", "training_checks", "reinflow_eval", "reinflow_doctor"}
 
 
 def imports_of(path: Path) -> set[str]:

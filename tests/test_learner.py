@@ -170,6 +170,29 @@ def test_time_limit_looks_at_the_final_observation():
     assert not torch.allclose(buffer.next_value[1], loop.policy.value(loop.cursor.context))
 
 
+def test_metrics_say_what_rewards_explain_and_what_the_critic_adds():
+    """With a critic that returns 7 everywhere, also of the final observation."""
+    loop = Loop()
+    loop.policy.value = lambda context: torch.full((len(context["state"]),), 7.0)
+    buffer, _ = loop.rollout(4)
+    expected = buffer.reward.clone()
+    expected[0::2] += buffer.discount[0::2] * buffer.reward[1::2]  # episodes of two chunks
+    data, metrics = loop.learner._targets(buffer)
+    assert metrics["critic/reward_to_go_mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert metrics["critic/bootstrap_mean"] == pytest.approx(7.0)
+    assert metrics["critic/return_mean"] > metrics["critic/reward_to_go_mean"] + 5
+    assert metrics["critic/target_shift"] == pytest.approx((data.target - data.value).mean().item())
+
+
+def test_metrics_show_the_gradient_norm_of_the_first_and_the_last_step():
+    loop = Loop()
+    metrics = loop.learner.update(loop.rollout()[0])
+    first, last, mean = (metrics[f"gradients/policy_norm{end}"] for end in ("_first", "_last", ""))
+    assert metrics["ppo/optimizer_steps"] > 1 and first > 0 and last > 0 and first != last
+    assert mean * metrics["ppo/optimizer_steps"] > first + last
+    assert metrics["logprob/coordinates"] == 2  # one joint pair per control step
+
+
 def test_chunk_return_by_hand():
     import numpy as np
 

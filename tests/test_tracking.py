@@ -68,7 +68,9 @@ def test_unknown_names_are_refused(tmp_path):
 
 def test_every_logged_name_is_explained_and_every_explanation_is_of_a_logged_name():
     sources = [*(ROOT / "reinflow").glob("*.py"), *ROOT.glob("*.py")]
-    text = "\n".join(path.read_text() for path in sources if path.name not in ("tracking.py", "doctor.py"))
+    text = "\n".join(
+        path.read_text() for path in sources if path.name not in ("tracking.py", "symptoms.py", "doctor.py")
+    )
     families = "|".join({name.split("/")[0] for name in METRICS})
     logged = set(re.findall(rf'"((?:{families})/[a-z_]+)"', text))
     explained = {name for name in METRICS if "<" not in name} - {"progress/iteration"}  # logged by the tracker
@@ -125,7 +127,7 @@ class FakeWandb:
     Settings = SimpleNamespace
 
     def __init__(self, fails=False):
-        self.fails, self.init_args, self.logged, self.exit_code = fails, {}, [], None
+        self.fails, self.init_args, self.logged, self.alerts, self.exit_code = fails, {}, [], [], None
 
     def init(self, **kwargs):
         if self.fails:
@@ -135,6 +137,7 @@ class FakeWandb:
             id=kwargs["id"] or "new-id",
             define_metric=lambda *args, **kwargs: None,
             log=self.logged.append,
+            alert=lambda **kwargs: self.alerts.append(kwargs),
             finish=lambda exit_code: setattr(self, "exit_code", exit_code),
         )
 
@@ -154,6 +157,17 @@ def test_wandb_run_is_started_and_resumed_by_its_id(tmp_path, monkeypatch):
     with pytest.raises(KeyError), open_tracker(tmp_path, wandb_mode="online", wandb_run_id="new-id"):
         raise KeyError
     assert (fake.init_args["id"], fake.init_args["resume"], fake.exit_code) == ("new-id", "allow", 1)
+
+
+def test_an_alert_reaches_the_console_and_wandb(tmp_path, monkeypatch):
+    fake, out = FakeWandb(), console()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with open_tracker(tmp_path, wandb_mode="offline", console=out) as tracker:
+        tracker.alert("clip_fraction", "warning: [86 %] clipped")
+        tracker.alert("weak_start", "too weak", error=True)
+    assert [(a["title"], a["level"]) for a in fake.alerts] == [("clip_fraction", "WARN"), ("weak_start", "ERROR")]
+    assert "warning: [86 %] clipped" in out.file.getvalue()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
