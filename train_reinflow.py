@@ -122,6 +122,8 @@ class TrainingConfig:
     """Fraction of training before hold_cosine starts to fall; 1 never."""
     noise_decay_ratio: float = 0.7
     """Final sigma_max as a fraction of the first."""
+    auto_scale: bool = False
+    """Take sigma_min, sigma_max, policy_lr and target_kl as the paper's, for D = 28, and scale them to this D."""
     log_prob_reduction: Literal["chunk", "action", "dim", "mean"] = "chunk"
     """Ratios per decision: one for the chunk, one per control step, one per noise coordinate, or the paper's mean."""
     noise_basis: Literal["white", "dct"] = "white"

@@ -28,6 +28,7 @@ from so101_gym_env import EnvConfig
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
 from so101_vector_env import ChunkVectorEnv, SequentialVectorEnv, make_vector_env
 from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
+from training_scale import auto_scale
 
 if TYPE_CHECKING:
     from reinflow_smolvla import ReinFlowSmolVLA
@@ -160,6 +161,9 @@ class TrainingRun:
         if config.resume:
             run = cls._resume(config)
         else:
+            if config.auto_scale:
+                config, report = auto_scale(config)
+                print(report)
             stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
             run_dir = Path(config.output_dir or f"outputs/train/{stamp}_{config.preset}")
             run = cls(config, run_dir)

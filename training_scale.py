@@ -1,0 +1,58 @@
+"""`--auto-scale`: the three settings that depend on how many dimensions one log-prob sums, from the paper's to yours.
+
+The rule is that of the project's debugging notes: with D = n_action_steps x joints x K noised dimensions against the
+paper's 28 (chunks of 4 x 7), sigma x sqrt(D / 28), policy_lr x 28 / D, target_kl x D / 28. What of it holds was measured
+(benchmarks/kl_scaling.py, notes/hyperparameters.md): a summed log-prob's KL grows as D / sigma^2 x lr^2, so sigma alone
+restores the paper's KL of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from so101_mujoco_utils import NUM_JOINTS
+from training_checks import ConfigError
+
+if TYPE_CHECKING:
+    from train_reinflow import TrainingConfig
+
+PAPER_DIMENSIONS = 28
+
+
+def noised_dimensions(config: TrainingConfig) -> int:
+    """D: scalars of one decision that get exploration noise and are scored."""
+    dct = config.noise_basis == "dct"
+    per_joint = min(config.num_noise_coefficients, config.n_action_steps) if dct else config.n_action_steps
+    steps = 1 if config.noise_last_step_only else config.num_denoising_steps
+    return per_joint * NUM_JOINTS * steps
+
+
+def auto_scale(config: TrainingConfig) -> tuple[TrainingConfig, str]:
+    """Scale sigma bounds, policy_lr and target_kl, taken as the paper's, to this config's D.
+
+    Returns:
+        The scaled config, with ``auto_scale`` off so that a resumed run is not scaled again, and what was set and why.
+
+    Raises:
+        ConfigError: log_prob_reduction is not ``chunk``: the other reductions do not sum over D.
+    """
+    if config.log_prob_reduction != "chunk":
+        raise ConfigError(
+            f"auto_scale scales for a log-prob summed over all D dimensions; log_prob_reduction="
+            f"{config.log_prob_reduction} has one ratio per part, where none of it is needed: drop --auto-scale"
+        )
+    factor = noised_dimensions(config) / PAPER_DIMENSIONS
+    values = {
+        "sigma_min": config.sigma_min * math.sqrt(factor),
+        "sigma_max": config.sigma_max * math.sqrt(factor),
+        "policy_lr": config.policy_lr / factor,
+        "target_kl": config.target_kl * factor,
+    }
+    changes = ", ".join(f"{name} {getattr(config, name):.3g} -> {value:.3g}" for name, value in values.items())
+    report = (
+        f"auto-scale: one ratio sums D = {noised_dimensions(config)} dimensions, {factor:.3g} times the paper's "
+        f"{PAPER_DIMENSIONS}: {changes}"
+    )
+    return dataclasses.replace(config, auto_scale=False, **values), report
