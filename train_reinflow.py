@@ -285,7 +285,7 @@ PRESETS["flow_mlp"] = replace(
     train_full_expert=True,
     train_time_mlp=True,
     time_limit_is_terminal=True,
-    policy_lr=1e-4,
+    policy_lr=5e-5,
 )
 
 
