@@ -3,7 +3,8 @@
     reinflow-eval --policy-path model/tiny_smolvla --episodes 200 --seed 10000 --output-dir outputs/eval
 
 Works on a run directory or a checkpoint of train_reinflow.py (its best checkpoint, else its last) and on any stock
-LeRobot policy directory whose cameras and joints match. A SmolVLA goes through the same policy object as in training.
+LeRobot policy directory whose cameras and joints match. A SmolVLA and a flow_mlp (the small MLP on simulator state) go
+through the same policy object as in training.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from reinflow.evaluate import EvalResult
     from so101_vector_env import ChunkVectorEnv
 
+EMBEDDED = {"tiny": "tiny_smolvla", "flow_mlp": "flow_mlp"}
 VIDEO_INTERVAL = 2  # control steps per frame: 25 frames a second
 
 
@@ -33,7 +35,7 @@ class EvalConfig:
     """Evaluate a policy noise-free on fixed seeds."""
 
     policy_path: str
-    """Run directory, checkpoint, or stock LeRobot policy directory; "tiny" names the embedded policy."""
+    """Run directory, checkpoint, or policy directory; "tiny" and "flow_mlp" name the embedded policies."""
     output_dir: str
     """Where eval_info.json (LeRobot's shape) and the video go; refused if it holds an evaluation."""
     episodes: int = 200
@@ -76,8 +78,8 @@ def find_policy(path: str) -> Path:
     from reinflow.checkpoint import BEST, CHECKPOINTS, resolve_checkpoint
     from so101_mujoco_utils import model_dir
 
-    if path == "tiny":
-        return model_dir() / "tiny_smolvla"
+    if path in EMBEDDED:
+        return model_dir() / EMBEDDED[path]
     root = Path(path)
     best = root / CHECKPOINTS / BEST
     if (root / CHECKPOINTS).is_dir() or (root / "pretrained_model").is_dir():
@@ -103,7 +105,7 @@ def stored_env(policy_dir: Path) -> EnvConfig:
     features = json.loads((policy_dir / "config.json").read_text()).get("input_features", {})
     images = {k.split(".")[-1]: f["shape"] for k, f in features.items() if f.get("type") == "VISUAL"}
     if not images:
-        return EnvConfig(environment_state=True)
+        return EnvConfig(render_images=False, environment_state=True)
     return EnvConfig(cameras=tuple(images), image_size=next(iter(images.values()))[-1])
 
 
@@ -112,8 +114,8 @@ def smolvla_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, A
     import torch
 
     from reinflow.flow import ChainSpec
+    from reinflow.rollout import noise_free_actor
     from reinflow_smolvla import ReinFlowSmolVLA, TrainableGroups
-    from training_run import noise_free_actor
 
     stored = json.loads((policy_dir / "config.json").read_text())
     steps = config.num_denoising_steps or stored["num_steps"]
@@ -125,6 +127,22 @@ def smolvla_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, A
     )  # fmt: skip
     torch.manual_seed(config.seed)
     return noise_free_actor(policy, ChainSpec(steps), config.seed, config.device)
+
+
+def flow_mlp_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, Any]], np.ndarray]:
+    """The state-based policy of training with zero noise."""
+    from reinflow.flow import ChainSpec
+    from reinflow.policy import FlowMLP
+    from reinflow.rollout import noise_free_actor
+
+    policy = FlowMLP.from_pretrained(policy_dir, config.device)
+    if config.n_action_steps not in (0, policy.n_action_steps):
+        raise EvalError(
+            f"n_action_steps={config.n_action_steps}, but the layers of {policy_dir} are {policy.n_action_steps} steps "
+            "wide: leave it out"
+        )
+    spec = ChainSpec(config.num_denoising_steps or policy.num_denoising_steps)
+    return noise_free_actor(policy, spec, config.seed, config.device)
 
 
 def stock_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, Any]], np.ndarray]:
@@ -161,7 +179,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     kind = json.loads((policy_dir / "config.json").read_text())["type"]
-    act = (smolvla_actor if kind == "smolvla" else stock_actor)(config, policy_dir)
+    act = {"smolvla": smolvla_actor, "flow_mlp": flow_mlp_actor}.get(kind, stock_actor)(config, policy_dir)
     env = make_vector_env(config.env, min(config.num_parallel_envs, config.episodes), autoreset=False)
     try:
         with torch.inference_mode():
@@ -182,6 +200,11 @@ def record_video(config: EvalConfig, act: Callable[[dict[str, Any]], np.ndarray]
     from reinflow.video import EpisodeRecorder, write_gif, write_mp4
 
     count = min(config.video_episodes, env.num_envs)
+    if not env.config.render_images:  # the policy needs no images, who watches it does
+        from so101_vector_env import make_vector_env
+
+        with make_vector_env(replace(env.config, render_images=True), count, autoreset=False) as rendering:
+            return record_video(config, act, rendering)
     recorder = EpisodeRecorder(count)
     evaluate(act, env, range(config.seed, config.seed + env.num_envs), recorder, VIDEO_INTERVAL)
     if config.gif:

@@ -75,8 +75,11 @@ class DemoConfig:
             raise ValueError(f"disturbance_deg is {self.disturbance_deg}: give three numbers of at least 0")
 
 
-def make_env(config: DemoConfig) -> SO101PickEnv:
-    """The task's environment with the recording's ranges; it never ends early, so that episodes are complete."""
+def make_env(config: DemoConfig, **overrides: Any) -> SO101PickEnv:
+    """The task's environment with the recording's ranges; it never ends early, so that episodes are complete.
+
+    `overrides`: further fields of EnvConfig, such as render_images=False.
+    """
     from so101_gym_env import EnvConfig, SO101PickEnv
 
     return SO101PickEnv(
@@ -91,7 +94,8 @@ def make_env(config: DemoConfig) -> SO101PickEnv:
             start_noise_deg=config.start_noise_deg,
             instruction=config.instruction,
             lift_threshold=10.0,
-        )
+        ),
+        **overrides,
     )
 
 

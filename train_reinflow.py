@@ -1,6 +1,7 @@
 """Fine-tune a SmolVLA policy on the SO-101 lift task by ReinFlow: PPO over the noisy denoising chain.
 
     python train_reinflow.py --preset tiny          the embedded policy, a 2-core CPU, minutes
+    python train_reinflow.py --preset flow_mlp      a small MLP on simulator state, to judge an algorithm change
     python train_reinflow.py --pretrained-path DIR  your own SmolVLA, seed defaults
     python train_reinflow.py --help                 every field
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -28,16 +29,19 @@ class TrainingConfig:
     """Every setting of a training run. Names follow notes/hyperparameters.md, which gives the reasons at length."""
 
     # --- What is trained -------------------------------------------------------------------------------------------
-    preset: Literal["smolvla", "pi0", "tiny"] = "smolvla"
+    preset: Literal["smolvla", "pi0", "tiny", "flow_mlp"] = "smolvla"
     """Which set of defaults the other flags start from; see PRESETS below this class."""
-    model_type: Literal["smolvla", "pi0"] = "smolvla"
-    """Policy family. pi0 has its settings here, but no adapter yet."""
+    model_type: Literal["smolvla", "pi0", "flow_mlp"] = "smolvla"
+    """Policy family. flow_mlp sees the simulator's state and no images; pi0 has its settings here, but no adapter."""
     pretrained_path: str = "lerobot/smolvla_base"
     """SmolVLA to start from: a policy directory or a hub id. "tiny" names the embedded policy."""
     pi0_pretrained_path: str = "lerobot/pi0"
     """Pi0 to start from."""
     pi0_gradient_checkpointing: bool = True
     """Recompute Pi0's activations in the backward pass, so that it fits in 24 GB."""
+    flow_mlp_pretrained_path: str = "embedded"
+    """State-based MLP to start from, a directory of reinflow-sft-mlp or a checkpoint's pretrained_model; "embedded"
+    names the one that comes with the package."""
     train_action_head: bool = True
     """Train action_out_proj, the velocity head."""
     train_time_mlp: bool = True
@@ -235,7 +239,12 @@ class TrainingConfig:
     @property
     def policy_path(self) -> str:
         """The checkpoint that model_type asks for."""
-        return self.pi0_pretrained_path if self.model_type == "pi0" else self.pretrained_path
+        paths = {
+            "smolvla": self.pretrained_path,
+            "pi0": self.pi0_pretrained_path,
+            "flow_mlp": self.flow_mlp_pretrained_path,
+        }
+        return paths[self.model_type]
 
 
 PRESETS: dict[str, TrainingConfig] = {
@@ -278,6 +287,18 @@ PRESETS: dict[str, TrainingConfig] = {
         wandb_mode="offline",
     ),
 }
+# The algorithm of "tiny" on its task, without pixels: what is learned about one should hold for the other.
+PRESETS["flow_mlp"] = replace(
+    PRESETS["tiny"],
+    preset="flow_mlp",
+    model_type="flow_mlp",
+    pretrained_path=TrainingConfig.pretrained_path,
+    num_episodes=4_224,
+    train_full_expert=True,
+    train_time_mlp=True,
+    time_limit_is_terminal=True,
+    policy_lr=5e-5,
+)
 
 
 def train(config: TrainingConfig) -> None:

@@ -38,7 +38,9 @@ class ConfigError(UserError, ValueError):
 
 def check_config(config: TrainingConfig) -> None:
     """Raise one ConfigError that lists everything wrong with ``config``."""
-    problems = [*_ranges(config), *_contradictions(config), *_seeds(config), *_models(config), *_files(config)]
+    problems = [
+        problem for check in (_ranges, _contradictions, _seeds, _models, _flow_mlp, _files) for problem in check(config)
+    ]
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -113,6 +115,33 @@ def _models(c: TrainingConfig) -> Iterator[str]:
         yield (
             f"num_noise_coefficients={c.num_noise_coefficients} exceeds n_action_steps={c.n_action_steps}: "
             "a chunk has no more cosines than steps"
+        )
+
+
+def _flow_mlp(c: TrainingConfig) -> Iterator[str]:
+    """What the state-based policy cannot do, and fields that would be ignored beside the chosen model_type."""
+    unset = {f.name: f.default for f in dataclasses.fields(c)}
+    if c.model_type != "flow_mlp":
+        if c.flow_mlp_pretrained_path != unset["flow_mlp_pretrained_path"]:
+            yield (
+                f"flow_mlp_pretrained_path={c.flow_mlp_pretrained_path} is not read with model_type={c.model_type}: "
+                "use --preset flow_mlp or drop it"
+            )
+        return
+    if c.pretrained_path != unset["pretrained_path"]:
+        yield (
+            f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "
+            "--preset flow_mlp and name the policy by flow_mlp_pretrained_path"
+        )
+    if c.n_action_steps != c.chunk_size:
+        yield (
+            f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: a flow_mlp's layers are as wide as "
+            "its chunk, it executes all that it predicts; make one of that width with reinflow-sft-mlp --chunk-size"
+        )
+    if c.train_time_mlp != c.train_full_expert:
+        yield (
+            f"train_time_mlp={c.train_time_mlp} but train_full_expert={c.train_full_expert}: a flow_mlp embeds flow "
+            "time in its trunk, set both alike"
         )
 
 

@@ -20,8 +20,8 @@ from reinflow.doctor import Doctor
 from reinflow.evaluate import EvalResult, evaluate, write_eval_info
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
-from reinflow.policy import FlowPolicy
-from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings, act, collect_rollout
+from reinflow.policy import FlowMLP, FlowPolicy
+from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings, collect_rollout, noise_free_actor
 from reinflow.schedules import in_critic_warmup, noise_bounds, warmup_lr
 from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
@@ -31,12 +31,12 @@ from training_checks import ConfigError, check_resumed, config_from_json, config
 from training_scale import auto_scale
 
 if TYPE_CHECKING:
-    from reinflow_smolvla import ReinFlowSmolVLA
     from train_reinflow import TrainingConfig
 
 
 TASK_GROUP = "so101_pick"
 POLICY_CARD = "reinflow.json"
+EMBEDDED_FLOW_MLP = "flow_mlp"  # directory beside the scene
 
 
 def matching_fields(config: TrainingConfig, target: type) -> dict[str, Any]:
@@ -51,7 +51,11 @@ def env_config(config: TrainingConfig) -> EnvConfig:
     path = Path(config.model_path)
     if not path.exists() and not path.is_absolute():
         path = model_dir() / path.name
-    return EnvConfig(**(settings | {"model_path": str(path), "environment_state": config.critic_input == "state"}))
+    if config.model_type == "flow_mlp":  # it sees the simulator's state and no pixels
+        settings |= {"render_images": False, "environment_state": True}
+    elif config.critic_input == "state":
+        settings |= {"environment_state": True}
+    return EnvConfig(**(settings | {"model_path": str(path)}))
 
 
 def policy_card(config: TrainingConfig) -> dict[str, Any]:
@@ -85,18 +89,29 @@ def pick_device(name: str) -> str:
     return name
 
 
-def build_policy(config: TrainingConfig, device: str) -> ReinFlowSmolVLA:
+def build_policy(config: TrainingConfig, device: str) -> FlowPolicy:
     """Load the policy to fine-tune.
 
     Raises:
         ConfigError: model_type has no adapter, or the policy does not fit the config.
     """
+    if config.model_type not in POLICY_BUILDERS:
+        raise ConfigError(
+            f"model_type={config.model_type} has no adapter yet: use model_type={' or '.join(POLICY_BUILDERS)}"
+        )
+    torch.manual_seed(config.seed)  # initial weights of noise head and critic
+    policy = POLICY_BUILDERS[config.model_type](config, device)
+    if policy.chunk_size != config.chunk_size:
+        raise ConfigError(
+            f"chunk_size={config.chunk_size}, but {config.policy_path} predicts {policy.chunk_size}: set chunk_size"
+        )
+    return policy
+
+
+def _build_smolvla(config: TrainingConfig, device: str) -> FlowPolicy:
     from reinflow_smolvla import ReinFlowSmolVLA, TrainableGroups
 
-    if config.model_type != "smolvla":
-        raise ConfigError(f"model_type={config.model_type} has no adapter yet: use model_type=smolvla")
     path = str(model_dir() / "tiny_smolvla") if config.pretrained_path == "tiny" else config.pretrained_path
-    torch.manual_seed(config.seed)  # initial weights of noise head and critic
     policy = ReinFlowSmolVLA.from_pretrained(
         path,
         device,
@@ -108,12 +123,36 @@ def build_policy(config: TrainingConfig, device: str) -> ReinFlowSmolVLA:
         critic_hidden_size=config.critic_hidden_size,
         critic_state_dim=len(ENVIRONMENT_STATE_NAMES) if config.critic_input == "state" else 0,
     )
-    if policy.chunk_size != config.chunk_size:
-        raise ConfigError(f"chunk_size={config.chunk_size}, but {path} predicts {policy.chunk_size}: set chunk_size")
     absent = [name for name in policy.cameras if name not in config.cameras]
     if absent:
         raise ConfigError(f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {path} looks through")
     return policy
+
+
+def _build_flow_mlp(config: TrainingConfig, device: str) -> FlowPolicy:
+    path = config.flow_mlp_pretrained_path
+    policy = FlowMLP.from_pretrained(
+        model_dir() / EMBEDDED_FLOW_MLP if path == "embedded" else Path(path),
+        device,
+        num_denoising_steps=config.num_denoising_steps,
+        critic_hidden_size=config.critic_hidden_size,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+    )
+    wanted = {
+        "trunk": config.train_full_expert,  # holds the time embedding: train_time_mlp goes with it (training_checks)
+        "head": config.train_action_head,
+        "noise_mlp": config.train_noise_head,
+        "critic": config.train_critic,
+    }
+    policy.train_only([name for name, learns in wanted.items() if learns])
+    return policy
+
+
+POLICY_BUILDERS: dict[str, Callable[[TrainingConfig, str], FlowPolicy]] = {
+    "smolvla": _build_smolvla,
+    "flow_mlp": _build_flow_mlp,
+}
 
 
 class TrainingRun:
@@ -353,7 +392,7 @@ class TrainingRun:
 
 
 def evaluate_policy(
-    policy: ReinFlowSmolVLA,
+    policy: FlowPolicy,
     spec: ChainSpec,
     env: EnvConfig,
     seeds: range,
@@ -369,19 +408,6 @@ def evaluate_policy(
         return evaluate(noise_free_actor(policy, spec, seeds.start, device), vector_env, list(seeds))
     finally:
         vector_env.close()
-
-
-def noise_free_actor(
-    policy: FlowPolicy, spec: ChainSpec, seed: int, device: str
-) -> Callable[[dict[str, Any]], np.ndarray]:
-    """Observation -> actions by the chain with zero noise, which is LeRobot's own sampler."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def act_noise_free(observation: dict[str, Any]) -> np.ndarray:
-        context = policy.encode(policy.preprocess(observation))
-        return act(policy, context, spec, generator, deterministic=True)[1]
-
-    return act_noise_free
 
 
 def _rollout_metrics(info: RolloutInfo) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -189,6 +189,19 @@ def act(
     noise = torch.randn(shape, generator=generator, device=some.device)
     sample = sample_chain(policy, context, spec, noise, generator, deterministic)
     return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
+
+
+def noise_free_actor(
+    policy: FlowPolicy, spec: ChainSpec, seed: int, device: str
+) -> Callable[[Observation], np.ndarray]:
+    """Observation -> actions by the chain with zero noise, which is LeRobot's own sampler."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def act_noise_free(observation: Observation) -> np.ndarray:
+        context = policy.encode(policy.preprocess(observation))
+        return act(policy, context, spec, generator, deterministic=True)[1]
+
+    return act_noise_free
 
 
 def _next_value(

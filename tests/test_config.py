@@ -58,6 +58,10 @@ BAD = [
         "train_action_head": False, "train_time_mlp": False, "train_full_expert": False, "train_noise_head": False,
     }),
     ("noise_decay_ratio", {"noise_decay_ratio": 2.0}),
+    ("flow_mlp_pretrained_path", {"flow_mlp_pretrained_path": "dir"}),
+    ("pretrained_path", {"model_type": "flow_mlp", "pretrained_path": "dir"}),
+    ("n_action_steps", {"model_type": "flow_mlp", "n_action_steps": 25, "chunks_per_episode": 6}),
+    ("train_time_mlp", {"model_type": "flow_mlp", "train_time_mlp": False}),
 ]  # fmt: skip
 
 
@@ -88,6 +92,14 @@ def test_short_flags_that_users_type():
 def test_preset_is_the_base_of_other_flags():
     config = parse_args(["--preset", "tiny", "--policy-lr", "1e-4"])
     assert config == replace(PRESETS["tiny"], policy_lr=1e-4)
+
+
+def test_flow_mlp_is_tiny_without_pixels():
+    config, tiny = parse_args(["--preset", "flow_mlp"]), PRESETS["tiny"]
+    assert config.policy_path == "embedded" and parse_args(["--model-type", "flow_mlp"]).policy_path == "embedded"
+    task = ("randomize_block", "block_radius_range", "block_angle_deg", "block_yaw_deg", "starting_position")
+    chain = ("noise_basis", "num_noise_coefficients", "log_prob_reduction", "num_denoising_steps", "reward_mode")
+    assert all(getattr(config, name) == getattr(tiny, name) for name in (*task, *chain))
 
 
 def test_unknown_preset_and_bad_flag_exit_with_the_name(capsys):
