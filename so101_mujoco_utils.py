@@ -314,7 +314,11 @@ class RewardConfig:
 
 
 _SEED_TERMS = ("distance", "height_alignment", "contact")
-REWARD_TERMS = {"seed": _SEED_TERMS, "staged": (*_SEED_TERMS, "reach", "grasp", "lift", "success")}
+REWARD_TERMS = {
+    "seed": _SEED_TERMS,
+    "staged": (*_SEED_TERMS, "reach", "grasp", "lift", "success"),
+    "sparse": ("success",),
+}
 ALIGNED_HORIZONTAL_M = 0.1
 ALIGNED_ABOVE_M = 0.02
 GRASP_FORCE_N = 0.2
@@ -327,7 +331,8 @@ def compute_reward(previous: SceneState, state: SceneState, config: RewardConfig
     Each shaping term is a potential P(state). Mode "seed", the documented formula, pays P(state) at every step: staying
     is paid. Mode "staged" pays P(state) - P(previous): the sum over an episode telescopes to P(end) - P(start), so
     hovering, camping in contact, or touching again and again earn nothing more. (Differences are not discounted: with
-    gamma < 1 a discounted sum stays below max P - P(start).) Only `success` is paid as an event.
+    gamma < 1 a discounted sum stays below max P - P(start).) Only `success` is paid as an event; mode "sparse" pays nothing
+    else.
 
     | term             | P(state)                                                    | P range      | modes        |
     |------------------|-------------------------------------------------------------|--------------|--------------|
@@ -339,8 +344,8 @@ def compute_reward(previous: SceneState, state: SceneState, config: RewardConfig
     | grasp            | grasp_scale if both jaws press (> 0.2 N each) with forces   |              |              |
     |                  | at least 120 degrees apart                                  | 0 or 1       | staged       |
     | lift             | lift_scale * height gained / height to gain, within 0 .. 1  | 0 .. 2       | staged       |
-    | success          | success_bonus, once, in the step that lifts the block above |              |              |
-    |                  | lift_threshold                                              | 0 or 5       | staged       |
+    | success          | success_bonus, once, in the step that lifts the block above |              | staged,      |
+    |                  | lift_threshold                                              | 0 or 5       | sparse       |
 
     Rewards have no unit: the seed's distance term counts a metre as 1.
 
@@ -350,15 +355,16 @@ def compute_reward(previous: SceneState, state: SceneState, config: RewardConfig
     Returns:
         Terms of shape (...), float64, always in the same order.
     """
+    succeeded = is_success(state, config.lift_threshold) & ~is_success(previous, config.lift_threshold)
+    success = {"success": np.where(succeeded, config.success_bonus, 0.0)}
+    if config.mode == "sparse":
+        return success
     now = _seed_potentials(state, config)
     if config.mode == "seed":
         return now
     now |= _staged_potentials(state, config)
     before = _seed_potentials(previous, config) | _staged_potentials(previous, config)
-    terms = {name: now[name] - before[name] for name in now}
-    succeeded = is_success(state, config.lift_threshold) & ~is_success(previous, config.lift_threshold)
-    terms["success"] = np.where(succeeded, config.success_bonus, 0.0)
-    return terms
+    return {name: now[name] - before[name] for name in now} | success
 
 
 def _seed_potentials(state: SceneState, config: RewardConfig) -> dict[str, Array]:

@@ -106,6 +106,8 @@ class TrainingConfig:
     """Clip of the value update, in standard deviations of the return; 0 is off."""
     entropy_coeff: float = 0.0
     """Weight of the noise's entropy."""
+    anchor_coeff: float = 0.0
+    """Weight of the squared distance to the starting policy's denoising steps, on the rollout's own noise; 0 is off."""
     grad_clip_norm: float = 0.25
     """Largest gradient norm, policy and critic each."""
     lr_warmup_iterations: int = 10
@@ -174,8 +176,9 @@ class TrainingConfig:
     """Height and width of every image."""
     lift_threshold: float = 0.08
     """Block height in metres that counts as lifted."""
-    reward_mode: Literal["seed", "staged"] = "seed"
-    """seed: -distance + bonuses; staged: reach, grasp, lift and success terms (table in so101_mujoco_utils.py)."""
+    reward_mode: Literal["seed", "staged", "sparse"] = "seed"
+    """seed: -distance + bonuses; staged: reach, grasp, lift and success terms; sparse: success alone (table in
+    so101_mujoco_utils.py)."""
     contact_bonus: float = 0.1
     """Seed reward per control step in contact."""
     height_alignment_bonus: float = 0.05
@@ -294,10 +297,6 @@ PRESETS["flow_mlp"] = replace(
     model_type="flow_mlp",
     pretrained_path=TrainingConfig.pretrained_path,
     num_episodes=4_224,
-    train_full_expert=True,
-    train_time_mlp=True,
-    time_limit_is_terminal=True,
-    policy_lr=5e-5,
 )
 
 

@@ -70,10 +70,14 @@ def main() -> None:
     for n, sigma, lr in CASES[:2] if args.quick else CASES:
         kls = [one_step_kl(n, sigma, lr, seed, context) for seed in range(1 if args.quick else 5)]
         kl, dims = statistics.median(kls), n * policy.action_dim
-        rows.append({"D": dims, "sigma": sigma, "lr": lr, "kl": kl, "kl_sigma2_over_D_lr2": kl * sigma**2 / dims / lr**2})
+        rows.append(
+            {"D": dims, "sigma": sigma, "lr": lr, "kl": kl, "kl_sigma2_over_D_lr2": kl * sigma**2 / dims / lr**2}
+        )
     print(f"{'D':>5} {'sigma':>6} {'lr':>8} {'KL':>9} {'KL sigma^2 / (D lr^2)':>22}")
     for row in rows:
-        print(f"{row['D']:5d} {row['sigma']:6.2f} {row['lr']:8.0e} {row['kl']:9.4f} {row['kl_sigma2_over_D_lr2']:22.3g}")
+        print(
+            f"{row['D']:5d} {row['sigma']:6.2f} {row['lr']:8.0e} {row['kl']:9.4f} {row['kl_sigma2_over_D_lr2']:22.3g}"
+        )
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -87,6 +87,7 @@ class ChainScore(NamedTuple):
     log_prob: Tensor  # (B, G)
     entropy: Tensor  # (B,) mean entropy of one noise coordinate
     noise_std: Tensor  # (B,)
+    mean: Tensor  # (B, K', n, A) where the K' noisy steps lead without noise
 
 
 def dct_basis(n: int, m: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
@@ -238,4 +239,5 @@ def chain_log_prob(policy: FlowPolicy, context: Context, chain: Tensor, spec: Ch
     shape = (batch, repeats, *log_probs.shape[1:])
     std = step.std.reshape(shape)
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).mean(dim=(1, 2, 3))
-    return ChainScore(_reduce(log_probs.reshape(shape), spec), entropy, std.detach().mean(dim=(1, 2, 3)))
+    mean = step.mean[..., :action_dim].unflatten(0, (batch, repeats))
+    return ChainScore(_reduce(log_probs.reshape(shape), spec), entropy, std.detach().mean(dim=(1, 2, 3)), mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -18,7 +19,7 @@ from reinflow.rollout import RolloutBuffer
 RATIO_TOLERANCE = 1e-4
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
 KL_SAMPLE = 128  # decisions on which the KL is measured after every optimiser step
-KL_TRIALS, KL_TRIAL_TOLERANCE = 8, 0.2  # of a natural step, to find the length that has the wanted KL
+KL_TRIALS, KL_TRIAL_TOLERANCE = 12, 0.2  # of a natural step, to find the length that has the wanted KL
 
 
 class RatioGuardError(UserError, RuntimeError):
@@ -44,6 +45,7 @@ class LearnerSettings:
     gae_lambda: float
     value_clip_epsilon: float
     entropy_coeff: float
+    anchor_coeff: float
     grad_clip_norm: float
 
     @property
@@ -63,13 +65,14 @@ class Decisions:
     advantage: Tensor  # (B,) normalised over the rollout
     value: Tensor  # (B,) at sampling time, in normalised return units
     target: Tensor  # (B,) normalised returns
+    anchor: Tensor  # (B, K', n, A) denoising steps of the starting policy; (B, 0) without an anchor
 
     def __len__(self) -> int:
         return len(self.advantage)
 
     def __getitem__(self, rows: Tensor) -> Decisions:
         context = {name: tensor[rows] for name, tensor in self.context.items()}
-        rest = (self.chain, self.log_prob, self.mask, self.advantage, self.value, self.target)
+        rest = (self.chain, self.log_prob, self.mask, self.advantage, self.value, self.target, self.anchor)
         return Decisions(context, *(tensor[rows] for tensor in rest))
 
 
@@ -101,6 +104,7 @@ class PPOLearner:
         self.normalizer = ppo.ReturnNormalizer()
         self.policy_optimizer = make_policy_optimizer(policy, settings)
         self.critic_optimizer = torch.optim.Adam(policy.critic_parameters(), lr=settings.critic_lr, eps=1e-5)
+        self.starting_policy = self._snapshot() if settings.anchor_coeff > 0 else None
         self.generator = torch.Generator().manual_seed(seed)  # shuffling; on the CPU for every device
         self.lr_scale = 1.0  # halved by a step that had to be undone, recovers while KL stays below half of its target
 
@@ -124,6 +128,8 @@ class PPOLearner:
         data, metrics = self._targets(buffer)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
+            if self.starting_policy is not None:
+                data.anchor = self._anchor(data, self.starting_policy)
             natural = isinstance(self.policy_optimizer, NaturalGradient)
             metrics |= self._natural_step(data, lr_factor) if natural else self._update_policy(data)
         return metrics | self._update_critic(data)
@@ -157,6 +163,7 @@ class PPOLearner:
             advantage=ppo.normalize_advantages(advantages.flatten()),
             value=old_outputs,
             target=target,
+            anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
         ), metrics
 
     @torch.no_grad()
@@ -233,17 +240,7 @@ class PPOLearner:
         """One step along the natural gradient of the whole rollout, as far as ``target_kl`` (x warm-up) allows."""
         optimizer, target = cast(NaturalGradient, self.policy_optimizer), self.settings.target_kl * kl_factor
         info = self._policy_gradient(data, torch.arange(len(data)))
-        directions, snapshot = optimizer.directions(), self._snapshot()
-        kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
-        length, kl = float(torch.stack([d.norm() for d in directions]).norm()), 0.0
-        scale = 1e-3 / max(length, 1e-12)
-        for _ in range(KL_TRIALS if length > 0 else 0):
-            self._restore(snapshot)
-            optimizer.move(directions, scale)
-            kl = self._measure_kl(kl_data)
-            if abs(kl / target - 1) < KL_TRIAL_TOLERANCE:
-                break
-            scale *= min(max((target / max(kl, 1e-12)) ** 0.5, 0.1), 30.0)  # KL grows with the square of the step
+        kl = self._move_by_kl(optimizer, target, data)
         return info | {
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": 1.0,
@@ -251,6 +248,31 @@ class PPOLearner:
             "ppo/early_stopped": 0.0,
             "ppo/steps_undone": 0.0,
         }
+
+    def _move_by_kl(self, optimizer: NaturalGradient, target: float, data: Decisions) -> float:
+        """Go along the natural gradient until the KL is about ``target``, never beyond; returns the KL reached."""
+        directions, snapshot = optimizer.directions(), self._snapshot()
+        kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
+        length = float(torch.stack([d.norm() for d in directions]).norm())
+        if length == 0.0:
+            return 0.0
+        scale, too_short, too_long, kl, kept = 1e-3 / length, 0.0, math.inf, 0.0, 0.0
+        for _ in range(KL_TRIALS):
+            self._restore(snapshot)
+            optimizer.move(directions, scale)
+            kl = self._measure_kl(kl_data)
+            if abs(kl / target - 1) < KL_TRIAL_TOLERANCE:
+                return kl
+            if kl < target:
+                too_short, kept = scale, kl
+            else:
+                too_long = scale
+            scale *= min(max((target / max(kl, 1e-12)) ** 0.5, 0.1), 30.0)  # KL grows with the square of the step,
+            if not too_short < scale < too_long:  # unless ratios explode
+                scale = (too_short * too_long) ** 0.5
+        self._restore(snapshot)
+        optimizer.move(directions, too_short)
+        return kept
 
     def _policy_step(self, data: Decisions, rows: Tensor) -> dict[str, float]:
         """One optimiser step on the whole batch ``rows``."""
@@ -271,7 +293,10 @@ class PPOLearner:
             score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
             loss, info = ppo.policy_loss(score.log_prob, part.log_prob, part.advantage, s.clip_epsilon, part.mask)
             entropy = score.entropy.mean()
-            ((loss - s.entropy_coeff * entropy) * weight).backward()
+            loss = loss - s.entropy_coeff * entropy
+            if s.anchor_coeff > 0:
+                loss = loss + s.anchor_coeff * ((score.mean - part.anchor) ** 2).mean()
+            (loss * weight).backward()
             log.add({
                 "loss/policy": loss.item(),
                 "loss/entropy": entropy.item(),
@@ -283,6 +308,16 @@ class PPOLearner:
             log.extreme("ppo/ratio_min", float(info["ratio_min"]), min)
             log.extreme("ppo/ratio_max", float(info["ratio_max"]), max)
         return log.means()
+
+    @torch.no_grad()
+    def _anchor(self, data: Decisions, weights: list[Tensor]) -> Tensor:
+        """Where the policy with ``weights`` would have gone from every stored denoising state."""
+        now = self._snapshot()
+        self._restore(weights)
+        parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
+        means = [chain_log_prob(self.policy, part.context, part.chain, self.spec).mean for part in parts]
+        self._restore(now)
+        return torch.cat(means)
 
     @torch.no_grad()
     def _measure_kl(self, data: Decisions) -> float:

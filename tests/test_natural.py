@@ -16,7 +16,10 @@ def gradients(layer: nn.Linear, inputs: torch.Tensor, scores: torch.Tensor) -> N
 def test_direction_is_the_exact_natural_gradient_when_inputs_and_scores_are_independent(bias):
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, bias=bias).double()
-    inputs, scores = torch.randn(400, 3).double() @ torch.diag(torch.tensor([1.0, 5.0, 0.2]).double()), torch.randn(400, 2)
+    inputs, scores = (
+        torch.randn(400, 3).double() @ torch.diag(torch.tensor([1.0, 5.0, 0.2]).double()),
+        torch.randn(400, 2),
+    )
     optimizer = NaturalGradient(layer, layer.parameters(), damping=1e-6, momentum=0.0)
     optimizer.zero_grad()
     gradients(layer, inputs, scores.double())

@@ -1,0 +1,145 @@
+"""The levers of the algorithm against each other, on the state-based policy: same start, same episodes, 3 seeds.
+
+    python benchmarks/ablation.py --output-dir runs/ablation [--csv notes/results/ablation.csv] [--only LEVER ...]
+    python benchmarks/ablation.py --output-dir runs/ablation --quick
+
+Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever; the figure is the noise-free success of the
+*last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Runs that exist are not
+repeated: the command can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from reinflow.evaluate import wilson_interval
+
+ADAM = ["--policy-optimizer", "adam", "--policy-lr", "5e-5", "--undo-overshoot"]
+EPISODES_PER_ITERATION = 384
+LEVERS: dict[str, list[str]] = {
+    "preset": [],
+    "optimiser: adam, one step": ADAM,
+    "optimiser: adam, 45 steps of 128": [*ADAM, "--num-ppo-epochs", "5", "--gradient-accumulation-steps", "1"],
+    "noise: white .05, ratio per action": [
+        "--noise-basis", "white", "--log-prob-reduction", "action", "--sigma-min", ".05", "--sigma-max", ".05",
+    ],
+    "reduction: action": ["--log-prob-reduction", "action", "--target-kl", ".18"],
+    "reduction: chunk": ["--log-prob-reduction", "chunk", "--target-kl", ".9"],
+    "reduction: mean": ["--log-prob-reduction", "mean", "--clip-epsilon", ".01", "--target-kl", ".00025"],
+    "K = 2": ["--num-denoising-steps", "2"],
+    "K = 4": ["--num-denoising-steps", "4"],
+    "K = 4, last step noised": ["--num-denoising-steps", "4", "--noise-last-step-only"],
+    "sigma .08": ["--sigma-min", ".08", "--sigma-max", ".08"],
+    "sigma .25": ["--sigma-min", ".25", "--sigma-max", ".25"],
+    "sigma learned .08-.25": ["--sigma-min", ".08", "--sigma-max", ".25"],
+    "8 cosines": ["--num-noise-coefficients", "8"],
+    "target KL .01": ["--target-kl", ".01"],
+    "target KL .1": ["--target-kl", ".1"],
+    "time limit bootstraps": ["--no-time-limit-is-terminal"],
+    "lambda .95": ["--gae-lambda", ".95"],
+    "lambda 0": ["--gae-lambda", "0"],
+    "no critic": ["--no-train-critic"],
+    "reward: seed formula": ["--reward-mode", "seed"],
+    "reward: sparse success": ["--reward-mode", "sparse"],
+    "192 episodes an iteration": ["--episodes-per-iteration", "192", "--minibatch-size", "64"],
+    "damping 1": ["--natural-damping", "1"],
+    "momentum 0": ["--natural-momentum", "0"],
+    "anchor 0.1": ["--anchor-coeff", "0.1"],
+}  # fmt: skip
+
+
+def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> Path:
+    """Train once; returns the run directory."""
+    name = "".join(c if c.isalnum() else "_" for c in lever)
+    directory = out / f"{name}_{seed}"
+    flags = LEVERS[lever]
+    per_iteration = EPISODES_PER_ITERATION
+    if "--episodes-per-iteration" in flags:
+        per_iteration = int(flags[flags.index("--episodes-per-iteration") + 1])
+    if not (directory / "done").exists():
+        command = [
+            sys.executable, str(ROOT / "train_reinflow.py"), "--preset", "flow_mlp", "--no-wandb", "--seed", str(seed),
+            "--episodes", str(episodes), "--report-episodes", "0", "--eval-interval", str(episodes // per_iteration),
+            "--eval-seed", "7000", "--eval-episodes", str(eval_episodes), "--output-dir", str(directory), *flags,
+        ]  # fmt: skip
+        log = out / f"{directory.name}.log"
+        with log.open("w") as file:
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ)
+            ).returncode
+        if code:
+            raise SystemExit(f"{lever}, seed {seed} failed: see {log}")
+        (directory / "done").touch()
+    return directory
+
+
+def read(directory: Path, lever: str, seed: int) -> dict[str, float | str]:
+    """One row of the CSV."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    return {
+        "lever": lever,
+        "seed": seed,
+        "episodes": last["progress/episodes"],
+        "success": last["eval/success_rate"],
+        "eval_episodes": last["eval/episodes"],
+        "sampled_success": last["rollout/success_rate"],
+        "approx_kl": last.get("ppo/approx_kl", 0.0),
+        "explained_variance": last["ppo/explained_variance"],
+        "seconds": sum(row["time/iteration"] for row in rows),
+    }
+
+
+def table(rows: list[dict[str, float | str]]) -> str:
+    """Markdown: a line per lever, success pooled over its seeds with a 95 % Wilson interval."""
+    lines = ["| lever | success | 95 % interval | by seed | seconds a run |", "|---|---|---|---|---|"]
+    for lever in dict.fromkeys(row["lever"] for row in rows):
+        mine = [row for row in rows if row["lever"] == lever]
+        trials = sum(int(row["eval_episodes"]) for row in mine)
+        wins = sum(round(float(row["success"]) * int(row["eval_episodes"])) for row in mine)
+        low, high = wilson_interval(wins, trials)
+        seeds = " ".join(f"{100 * float(row['success']):.0f}" for row in mine)
+        seconds = sum(float(row["seconds"]) for row in mine) / len(mine)
+        lines.append(
+            f"| {lever} | {100 * wins / trials:.1f} | {100 * low:.1f}-{100 * high:.1f} | {seeds} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, print the table after every run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--only", nargs="*", choices=list(LEVERS), default=list(LEVERS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--episodes", type=int, default=3_072)
+    parser.add_argument("--quick", action="store_true", help="one seed, two levers, two iterations: does it run")
+    args = parser.parse_args()
+    if args.quick:
+        args.only, args.seeds, args.episodes = args.only[:2], [0], 2 * EPISODES_PER_ITERATION
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in args.seeds:
+        for lever in args.only:
+            rows.append(read(run(lever, seed, args.output_dir, args.episodes, 50 if args.quick else 300), lever, seed))
+            if args.csv:
+                with args.csv.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, list(rows[0]))
+                    writer.writeheader()
+                    writer.writerows(rows)
+            print(f"{lever}, seed {seed}: {rows[-1]['success']:.3f} in {rows[-1]['seconds']:.0f} s", flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
