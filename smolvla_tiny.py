@@ -221,11 +221,11 @@ def build_policy(config: TinyConfig) -> None:
 def copy_noised_action(flow: Any, amplitude: float = 0.3) -> None:
     """Start the action expert as the velocity ``v(x_t) = x_t``, to a third of a percent.
 
-    With one denoising step the action is ``x_0 - v(x_0)``: what is not copied exactly from the noise stays in the action.
-    From random weights that error was .07 of the noise's std after supervised training and cost 21 points of success. So
-    each joint gets a channel of the residual stream that carries ``amplitude * x_t`` past all layers (``silu(x) -
-    silu(-x) = x``) to the velocity head, while the other channels start nearly constant and keep the final norm still.
-    The supervised stage trains everything from there.
+    With one denoising step the action is ``x_0 - v(x_0)``: what is not copied exactly from the noise stays in the
+    action. From random weights that error was .07 of the noise's std after supervised training and cost 21 points of
+    success. So each joint gets a channel of the residual stream that carries ``amplitude * x_t`` past all layers
+    (``silu(x) - silu(-x) = x``) to the velocity head, while the other channels start nearly constant and keep the final
+    norm still. The supervised stage trains everything from there.
     """
     import torch
 

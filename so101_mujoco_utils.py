@@ -331,8 +331,8 @@ def compute_reward(previous: SceneState, state: SceneState, config: RewardConfig
     Each shaping term is a potential P(state). Mode "seed", the documented formula, pays P(state) at every step: staying
     is paid. Mode "staged" pays P(state) - P(previous): the sum over an episode telescopes to P(end) - P(start), so
     hovering, camping in contact, or touching again and again earn nothing more. (Differences are not discounted: with
-    gamma < 1 a discounted sum stays below max P - P(start).) Only `success` is paid as an event; mode "sparse" pays nothing
-    else.
+    gamma < 1 a discounted sum stays below max P - P(start).) Only `success` is paid as an event; mode "sparse" pays
+    nothing else.
 
     | term             | P(state)                                                    | P range      | modes        |
     |------------------|-------------------------------------------------------------|--------------|--------------|

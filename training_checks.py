@@ -26,8 +26,9 @@ POSITIVE = (
     "eval_episodes", "save_interval", "log_interval", "keep_checkpoints", "critic_hidden_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "target_kl", "value_clip_epsilon", "entropy_coeff", "anchor_coeff", "lr_warmup_iterations", "critic_warmup_iters",
-    "eval_interval", "eval_seed", "report_episodes", "report_seed", "num_threads", "start_noise_deg",
+    "seed", "target_kl", "value_clip_epsilon", "entropy_coeff", "anchor_coeff", "lr_warmup_iterations",
+    "critic_warmup_iters", "eval_interval", "eval_seed", "report_episodes", "report_seed", "num_threads",
+    "start_noise_deg",
 )  # fmt: skip
 FRACTIONS = ("gamma", "gae_lambda", "noise_decay_start", "noise_decay_ratio")
 

@@ -3,9 +3,9 @@
     python benchmarks/ablation.py --output-dir runs/ablation [--csv notes/results/ablation.csv] [--only LEVER ...]
     python benchmarks/ablation.py --output-dir runs/ablation --quick
 
-Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever; the figure is the noise-free success of the
-*last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Runs that exist are not
-repeated: the command can be stopped and started again.
+Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever; the figure is the noise-free success of
+the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Runs that exist are
+not repeated: the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from reinflow.evaluate import wilson_interval
+from reinflow.evaluate import wilson_interval  # noqa: E402, the checkout is not installed
 
 ADAM = ["--policy-optimizer", "adam", "--policy-lr", "5e-5", "--undo-overshoot"]
 EPISODES_PER_ITERATION = 384
@@ -73,9 +72,7 @@ def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> 
         ]  # fmt: skip
         log = out / f"{directory.name}.log"
         with log.open("w") as file:
-            code = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ)
-            ).returncode
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
         if code:
             raise SystemExit(f"{lever}, seed {seed} failed: see {log}")
         (directory / "done").touch()

@@ -88,7 +88,6 @@ class NaturalGradient(torch.optim.Optimizer):
     def move(self, directions: list[Tensor], scale: float) -> None:
         """``weights -= scale * direction``; a second call with ``-scale`` takes it back up to rounding."""
         for layer, direction in zip(self.layers, directions, strict=True):
+            layer.weight.sub_(scale * direction[:, : layer.in_features])
             if layer.bias is not None:
                 layer.bias.sub_(scale * direction[:, -1])
-                direction = direction[:, :-1]
-            layer.weight.sub_(scale * direction)
