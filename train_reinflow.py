@@ -112,6 +112,8 @@ class TrainingConfig:
     """Largest gradient norm, policy and critic each."""
     lr_warmup_iterations: int = 10
     """Iterations over which policy_lr rises linearly."""
+    lr_decay_ratio: float = 1.0
+    """Final policy_lr (with natural: target_kl) as a fraction of the first; it falls linearly over num_episodes."""
     critic_warmup_iters: int = 30
     """First iterations that train the critic alone, on the same targets."""
 
@@ -283,6 +285,7 @@ PRESETS: dict[str, TrainingConfig] = {
         minibatch_size=128,
         gradient_accumulation_steps=9,
         lr_warmup_iterations=0,
+        lr_decay_ratio=0.2,
         critic_warmup_iters=1,
         eval_interval=4,
         eval_episodes=200,

@@ -30,7 +30,7 @@ NOT_NEGATIVE = (
     "critic_warmup_iters", "eval_interval", "eval_seed", "report_episodes", "report_seed", "num_threads",
     "start_noise_deg",
 )  # fmt: skip
-FRACTIONS = ("gamma", "gae_lambda", "noise_decay_start", "noise_decay_ratio")
+FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio")
 
 
 class ConfigError(UserError, ValueError):

@@ -22,7 +22,7 @@ from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.policy import FlowMLP, FlowPolicy
 from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings, collect_rollout, noise_free_actor
-from reinflow.schedules import in_critic_warmup, noise_bounds, warmup_lr
+from reinflow.schedules import in_critic_warmup, linear_decay, noise_bounds, warmup_lr
 from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
@@ -327,7 +327,8 @@ class TrainingRun:
         c, start, done = self.config, time.perf_counter(), self.iteration - 1
         self.metrics |= self.learner.update(
             buffer,
-            warmup_lr(max(done - c.critic_warmup_iters, 0), c.lr_warmup_iterations),
+            warmup_lr(max(done - c.critic_warmup_iters, 0), c.lr_warmup_iterations)
+            * linear_decay(self.episodes / c.num_episodes, c.lr_decay_ratio),
             in_critic_warmup(done, c.critic_warmup_iters),
         )
         self.metrics["time/update"] = time.perf_counter() - start

@@ -4,8 +4,8 @@
     python benchmarks/ablation.py --output-dir runs/ablation --quick
 
 Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever; the figure is the noise-free success of
-the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Runs that exist are
-not repeated: the command can be stopped and started again.
+the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Runs that exist
+are not repeated: the command can be stopped and started again.
 """
 
 from __future__ import annotations

@@ -16,6 +16,11 @@ def warmup_lr(iteration: int, warmup: int) -> float:
     return 1.0 if warmup <= 0 else min(1.0, (iteration + 1) / warmup)
 
 
+def linear_decay(progress: float, final: float) -> float:
+    """Factor that falls linearly from 1 to ``final`` over training; ``progress`` is clamped to [0, 1]."""
+    return 1.0 - (1.0 - final) * min(max(progress, 0.0), 1.0)
+
+
 def in_critic_warmup(iteration: int, critic_warmup_iters: int) -> bool:
     """True while only the critic learns (ReinFlow, appendix D.2), on the same GAE targets as afterwards."""
     return iteration < critic_warmup_iters

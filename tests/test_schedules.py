@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reinflow.schedules import NoiseSchedule, in_critic_warmup, noise_bounds, warmup_lr
+from reinflow.schedules import NoiseSchedule, in_critic_warmup, linear_decay, noise_bounds, warmup_lr
 
 
 def test_warmup_is_linear_and_never_zero():
@@ -64,3 +64,10 @@ def test_bad_input():
         noise_bounds(0.0, 0.1, 0.2, "cosine", 0.0, 0.7)
     with pytest.raises(ValueError, match="sigma_min <= sigma_max"):
         noise_bounds(0.0, 0.3, 0.2, "constant", 0.0, 0.7)
+
+
+def test_linear_decay_reaches_its_end_and_stays():
+    assert linear_decay(0.0, 0.2) == 1.0
+    assert linear_decay(0.5, 0.2) == pytest.approx(0.6)
+    assert linear_decay(1.0, 0.2) == linear_decay(1.5, 0.2) == pytest.approx(0.2)
+    assert linear_decay(0.7, 1.0) == 1.0
