@@ -37,6 +37,7 @@ def test_wheel_finds_scene_and_policy(installed):
         "import so101_mujoco_utils as u; u.load_model(None); d = u.model_dir(); print(d)\n"
         "from smolvla_tiny import load_smolvla\n"
         "p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)\n"
+        "from reinflow.policy import FlowMLP; FlowMLP.from_pretrained(d / 'flow_mlp')\n"
         "from train_reinflow import PRESETS\n"
         "from training_run import env_config; print(env_config(PRESETS['tiny']).model_path)"
     )
