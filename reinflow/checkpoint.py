@@ -225,10 +225,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], w
             check_keys(saved_group["param_names"], group["param_names"], what)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in saved for index in group["params"]]
+    own_shapes = getattr(optimizer, "state_shapes", None)  # an optimizer whose state is not shaped like its parameters
     for index, parameter in zip(indices, parameters, strict=True):
         for name, value in state["state"].get(index, {}).items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
-                saved_shape, own_shape = tuple(value.shape), tuple(parameter.shape)
+            own_shape = own_shapes(parameter)[name] if own_shapes else tuple(parameter.shape)
+            if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) != own_shape:
+                saved_shape = tuple(value.shape)
                 raise CheckpointError(f"{what}: {name} of parameter {index} is {saved_shape}, not {own_shape}")
     optimizer.load_state_dict(dict(state))
 

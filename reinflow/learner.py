@@ -103,7 +103,9 @@ class PPOLearner:
         self.policy, self.spec, self.settings = policy, spec, settings
         self.normalizer = ppo.ReturnNormalizer()
         self.policy_optimizer = make_policy_optimizer(policy, settings)
-        self.critic_optimizer = torch.optim.Adam(policy.critic_parameters(), lr=settings.critic_lr, eps=1e-5)
+        # A group may be empty (no critic), the list of groups may not.
+        critic = [{"params": policy.critic_parameters()}]
+        self.critic_optimizer = torch.optim.Adam(critic, lr=settings.critic_lr, eps=1e-5)
         self.starting_policy = self._snapshot() if settings.anchor_coeff > 0 else None
         self.generator = torch.Generator().manual_seed(seed)  # shuffling; on the CPU for every device
         self.lr_scale = 1.0  # halved by a step that had to be undone, recovers while KL stays below half of its target

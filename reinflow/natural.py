@@ -56,6 +56,13 @@ class NaturalGradient(torch.optim.Optimizer):
         old = self._sums.get(layer)
         self._sums[layer] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
 
+    def state_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept for a layer's weight, for the strict loading of checkpoints."""
+        layer = next(layer for layer in self.layers if layer.weight is weight)
+        width = layer.in_features + (layer.bias is not None)
+        outputs = layer.out_features
+        return {"input": (width, width), "output": (outputs, outputs), "gradient": (outputs, width)}
+
     @torch.no_grad()
     def directions(self) -> list[Tensor]:
         """Natural gradient (out, in [+ 1 for the bias]) of every layer, in the order of ``layers``.

@@ -39,6 +39,7 @@ def small(tmp_path) -> TrainingConfig:
         PRESETS["flow_mlp"], output_dir=str(tmp_path / "run"), num_episodes=8, num_parallel_envs=2,
         episodes_per_iteration=2, minibatch_size=3, gradient_accumulation_steps=1, num_critic_epochs=1,
         critic_warmup_iters=1, save_interval=4, eval_interval=2, eval_episodes=2, report_episodes=0,
+        lr_decay_ratio=1.0,
         wandb_enabled=False, device="cpu",
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def small(tiny_policy_dir, tmp_path) -> TrainingConfig:
         PRESETS["tiny"], pretrained_path=str(tiny_policy_dir), output_dir=str(tmp_path / "run"), num_episodes=8,
         num_parallel_envs=2, episodes_per_iteration=2, minibatch_size=3, gradient_accumulation_steps=1,
         num_ppo_epochs=1, num_critic_epochs=1, train_full_expert=True, train_time_mlp=True,
-        critic_warmup_iters=1, lr_warmup_iterations=2, save_interval=4,
+        critic_warmup_iters=1, lr_warmup_iterations=2, lr_decay_ratio=1.0, save_interval=4,
         eval_interval=2, eval_episodes=2, report_episodes=0, wandb_enabled=False, device="cpu", num_threads=1,
     )  # fmt: skip
 
