@@ -179,13 +179,14 @@ def run_eval(config: EvalConfig) -> EvalResult:
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     kind = json.loads((policy_dir / "config.json").read_text())["type"]
-    act = {"smolvla": smolvla_actor, "flow_mlp": flow_mlp_actor}.get(kind, stock_actor)(config, policy_dir)
+    make_actor = {"smolvla": smolvla_actor, "flow_mlp": flow_mlp_actor}.get(kind, stock_actor)
     env = make_vector_env(config.env, min(config.num_parallel_envs, config.episodes), autoreset=False)
     try:
         with torch.inference_mode():
-            result = evaluate(act, env, range(config.seed, config.seed + config.episodes))
+            result = evaluate(make_actor(config, policy_dir), env, range(config.seed, config.seed + config.episodes))
             if config.video:
-                result.video_paths.append(str(record_video(config, act, env)))
+                # A fresh actor draws the same x_0 again, so that the video shows the episodes that were counted.
+                result.video_paths.append(str(record_video(config, make_actor(config, policy_dir), env)))
     finally:
         env.close()
     path = write_eval_info(out / "eval_info.json", result.to_lerobot_info(TASK_GROUP))

@@ -22,12 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 from reinflow.evaluate import wilson_interval  # noqa: E402, the checkout is not installed
 
-ADAM = ["--policy-optimizer", "adam", "--policy-lr", "5e-5", "--undo-overshoot"]
-EPISODES_PER_ITERATION = 384
+EPISODES_PER_ITERATION = 256
+WHOLE_ROLLOUT = ["--minibatch-size", "128", "--gradient-accumulation-steps", "6"]  # 256 x 3 decisions
+ADAM = ["--policy-optimizer", "adam", "--policy-lr", "1e-4", "--undo-overshoot"]
 LEVERS: dict[str, list[str]] = {
     "preset": [],
     "optimiser: adam, one step": ADAM,
-    "optimiser: adam, 45 steps of 128": [*ADAM, "--num-ppo-epochs", "5", "--gradient-accumulation-steps", "1"],
+    "optimiser: adam, 5 epochs of 128": [*ADAM, "--num-ppo-epochs", "5", "--gradient-accumulation-steps", "1"],
     "noise: white .05, ratio per action": [
         "--noise-basis", "white", "--log-prob-reduction", "action", "--sigma-min", ".05", "--sigma-max", ".05",
     ],
@@ -49,7 +50,7 @@ LEVERS: dict[str, list[str]] = {
     "no critic": ["--no-train-critic"],
     "reward: seed formula": ["--reward-mode", "seed"],
     "reward: sparse success": ["--reward-mode", "sparse"],
-    "192 episodes an iteration": ["--episodes-per-iteration", "192", "--minibatch-size", "64"],
+    "128 episodes an iteration": ["--episodes-per-iteration", "128", "--gradient-accumulation-steps", "3"],
     "damping 1": ["--natural-damping", "1"],
     "momentum 0": ["--natural-momentum", "0"],
     "anchor 0.1": ["--anchor-coeff", "0.1"],
@@ -68,7 +69,8 @@ def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> 
         command = [
             sys.executable, str(ROOT / "train_reinflow.py"), "--preset", "flow_mlp", "--no-wandb", "--seed", str(seed),
             "--episodes", str(episodes), "--report-episodes", "0", "--eval-interval", str(episodes // per_iteration),
-            "--eval-seed", "7000", "--eval-episodes", str(eval_episodes), "--output-dir", str(directory), *flags,
+            "--eval-seed", "7000", "--eval-episodes", str(eval_episodes), "--output-dir", str(directory),
+            "--episodes-per-iteration", str(EPISODES_PER_ITERATION), *WHOLE_ROLLOUT, *flags,
         ]  # fmt: skip
         log = out / f"{directory.name}.log"
         with log.open("w") as file:
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(LEVERS), default=list(LEVERS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--episodes", type=int, default=3_072)
+    parser.add_argument("--episodes", type=int, default=2_048)
     parser.add_argument("--quick", action="store_true", help="one seed, two levers, two iterations: does it run")
     args = parser.parse_args()
     if args.quick:

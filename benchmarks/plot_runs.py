@@ -1,6 +1,6 @@
 """Runs of one setting with several seeds -> a CSV per run and the learning curve with the seeds as a band.
 
-    python benchmarks/plot_runs.py runs/tiny-1 runs/tiny-2 runs/tiny-3 --png docs/learning_curve.png --csv-dir notes/results
+python benchmarks/plot_runs.py runs/tiny-1 runs/tiny-2 runs/tiny-3 --png docs/learning_curve.png --csv-dir notes/results
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402, the backend is chosen first
+from matplotlib import pyplot as plt
 
 COLUMNS = {
     "iteration": "progress/iteration",
@@ -92,7 +92,8 @@ def main() -> None:
     runs = {run.name: read_rows(run) for run in args.runs}
     for run in args.runs:
         rows = runs[run.name]
-        print(f"{run.name}: before {reported(run, 'before')}, after {reported(run, 'after')}, {rows[-1]['wall_clock_s']} s")
+        before, after = reported(run, "before"), reported(run, "after")
+        print(f"{run.name}: before {before}, after {after}, {rows[-1]['wall_clock_s']} s")
         if args.csv_dir:
             with (args.csv_dir / f"{args.prefix}{run.name}.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]))

@@ -155,3 +155,11 @@ def test_hub_path_without_hub_says_what_to_do(small):
 
     with pytest.raises(PolicyDirectoryError, match=r"lerobot/smolvla_base.*hf download"):
         train(replace(small, pretrained_path="lerobot/smolvla_base"))
+
+
+def test_one_seed_gives_one_run(small, tmp_path):
+    for run in ("first", "second"):
+        train(replace(small, output_dir=str(tmp_path / run), num_episodes=4))
+    first, second = metrics_of(tmp_path / "first"), metrics_of(tmp_path / "second")
+    assert first == second
+    assert first[-1]["ppo/approx_kl"] > 0
