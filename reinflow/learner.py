@@ -115,7 +115,7 @@ class PPOLearner:
 
         Args:
             buffer: the rollout, sampled by the current weights.
-            lr_factor: warm-up factor on the policy's learning rate.
+            lr_factor: of the schedule, on the policy's learning rate; with natural steps on ``target_kl``.
             critic_only: leave the policy as it is (critic warm-up, on the same targets).
 
         Returns:

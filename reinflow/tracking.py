@@ -70,7 +70,7 @@ METRICS: dict[str, str] = {
     "noise/std_mean": "Mean exploration std, in normalised action units.",
     "noise/sigma_min": "Lower bound of the exploration std.",
     "noise/sigma_max": "Upper bound of the exploration std, as scheduled.",
-    "lr/policy": "Learning rate of the policy; 0 during critic warm-up.",
+    "lr/policy": "Learning rate of the policy; 0 during critic warm-up. Natural steps do not use it.",
     "lr/critic": "Learning rate of the critic.",
     "eval/success_rate": "Share of noise-free episodes on fixed seeds that succeeded: the result.",
     "eval/ci_low": "Lower end of its 95 % Wilson interval.",
