@@ -29,7 +29,8 @@ class NaturalGradient(torch.optim.Optimizer):
     """
 
     def __init__(self, policy: nn.Module, parameters: Iterable[nn.Parameter], damping: float, momentum: float):
-        wanted = {id(p) for p in parameters}
+        self._parameters = list(parameters)
+        wanted = {id(p) for p in self._parameters}
         self.layers = [m for m in policy.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
         if not self.layers:
             raise ValueError("no linear layer is trainable: the natural gradient has nothing to move")
@@ -39,9 +40,10 @@ class NaturalGradient(torch.optim.Optimizer):
             layer.register_forward_hook(self._watch)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients and covariances of the last batch."""
+        """Forget gradients, of the weights that stay as they are too, and covariances of the last batch."""
         self._sums.clear()
-        super().zero_grad(set_to_none)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
