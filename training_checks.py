@@ -66,6 +66,8 @@ def _ranges(config: TrainingConfig) -> Iterator[str]:
 def _contradictions(c: TrainingConfig) -> Iterator[str]:
     if c.sigma_min > c.sigma_max:
         yield f"sigma_min={c.sigma_min} exceeds sigma_max={c.sigma_max}: swap them, or make them equal for fixed noise"
+    if c.policy_optimizer == "natural" and c.target_kl == 0:
+        yield "target_kl=0 with policy_optimizer=natural: it is the length of a natural step, set it to e.g. 0.03"
     if c.n_action_steps > c.chunk_size:
         yield f"n_action_steps={c.n_action_steps} exceeds chunk_size={c.chunk_size}: execute at most the whole chunk"
     if c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:

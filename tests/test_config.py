@@ -34,6 +34,7 @@ SEED_DEFAULTS = {
 BAD = [
     ("sigma_min", {"sigma_min": 0.6}),
     ("sigma_min", {"sigma_min": 0.0}),
+    ("target_kl", {"policy_optimizer": "natural", "target_kl": 0.0}),
     ("n_action_steps", {"n_action_steps": 60, "max_steps_per_episode": 180}),
     ("chunks_per_episode", {"chunks_per_episode": 4}),
     ("max_steps_per_episode", {"max_steps_per_episode": 100}),
