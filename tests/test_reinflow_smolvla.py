@@ -68,9 +68,11 @@ def test_ratio_is_one_for_any_batch_composition(policy, context, spec):
     assert ((score.log_prob - drawn.log_prob[rows]).abs().max() / 300) < 1e-6
 
 
-def test_padded_dims_matter_and_are_stored(policy, context):
-    """Dims 6..31 get no noise, but the velocity depends on them: scoring must condition on the stored ones."""
-    spec = ChainSpec(2, "action")
+def test_padded_dims_matter_and_are_stored(policy, context, monkeypatch):
+    """Dims 6..31 get no noise, but the velocity of a trained policy depends on them (a freshly built tiny one reads
+    the joints alone): scoring must condition on the stored ones."""
+    spec, reads = ChainSpec(2, "action"), policy.vla.model.action_in_proj.weight
+    monkeypatch.setattr(reads, "data", reads.data + 0.1 * torch.ones_like(reads))
     drawn = sample_chain(policy, context, spec, noise_for(policy), torch.Generator().manual_seed(2))
     assert drawn.chain.shape == (3, 3, 50, 32)
     forgotten = drawn.chain.clone()
