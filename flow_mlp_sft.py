@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import UserError, run_command
+from reinflow.schedules import warmup_cosine
 from so101_demos import DemoConfig
 
 if TYPE_CHECKING:
@@ -192,11 +193,6 @@ def train(config: FlowMlpSftConfig, data: StateDemonstrations) -> tuple[FlowMLP,
     if not math.isfinite(losses[-1]):
         raise FlowMlpSftError(f"the loss is not finite: lower lr={config.lr}")
     return policy.eval(), float(np.mean(losses[-100:]))
-
-
-def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Learning-rate factor: linear to 1 over ``warmup`` steps, then a cosine to 0 at ``total``."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
 
 
 def task_environment() -> EnvConfig:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import run_command
+from reinflow.schedules import warmup_cosine
 
 if TYPE_CHECKING:
     import torch
@@ -404,11 +405,6 @@ def _is_terminal() -> bool:
     import sys
 
     return sys.stdout.isatty()
-
-
-def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Learning-rate factor: linear to 1 over `warmup` steps, then a cosine to 0 at `total`."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
 
 
 def prompt_tokens(preprocessor: Any, instruction: str = "pick up the block") -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import UserError, run_command
+from reinflow.schedules import warmup_cosine
 from so101_demos import DECISION_STEPS, quiet_lerobot
 
 if TYPE_CHECKING:
@@ -291,7 +292,6 @@ def finetune(config: SftConfig) -> dict[str, Any]:
     import torch
     from rich.progress import track
 
-    from smolvla_pretrain import warmup_cosine
     from smolvla_tiny import load_smolvla, refuse_existing, write_json
 
     refuse_existing(config.output_dir)

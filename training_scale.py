@@ -12,13 +12,12 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from reinflow.symptoms import PAPER_DIMENSIONS
 from so101_mujoco_utils import NUM_JOINTS
 from training_checks import ConfigError
 
 if TYPE_CHECKING:
     from train_reinflow import TrainingConfig
-
-PAPER_DIMENSIONS = 28
 
 
 def noised_dimensions(config: TrainingConfig) -> int:

@@ -16,6 +16,11 @@ def warmup_lr(iteration: int, warmup: int) -> float:
     return 1.0 if warmup <= 0 else min(1.0, (iteration + 1) / warmup)
 
 
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Learning-rate factor: linear to 1 over ``warmup`` steps, then a cosine to 0 at ``total``."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
+
+
 def linear_decay(progress: float, final: float) -> float:
     """Factor that falls linearly from 1 to ``final`` over training; ``progress`` is clamped to [0, 1]."""
     return 1.0 - (1.0 - final) * min(max(progress, 0.0), 1.0)
