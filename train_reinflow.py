@@ -226,7 +226,8 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
     num_threads: int = 0
-    """Threads of torch; 0 is its own choice. MuJoCo always takes all cores. A tiny model is faster with 1."""
+    """Threads of torch; 0 is its own choice. MuJoCo always takes all cores. The last digits of the results depend on
+    this number."""
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -259,7 +260,7 @@ PRESETS: dict[str, TrainingConfig] = {
         preset="tiny",
         pretrained_path="tiny",
         num_episodes=7_680,
-        num_threads=1,
+        num_threads=2,
         num_parallel_envs=64,
         episodes_per_iteration=384,
         cameras=("camera_up", "wrist_camera"),
