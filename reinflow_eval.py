@@ -115,7 +115,8 @@ def smolvla_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, A
 
     from reinflow.flow import ChainSpec
     from reinflow.rollout import noise_free_actor
-    from reinflow_smolvla import ReinFlowSmolVLA, TrainableGroups
+    from reinflow_smolvla import ReinFlowSmolVLA
+    from reinflow_vla import TrainableGroups
 
     stored = json.loads((policy_dir / "config.json").read_text())
     steps = config.num_denoising_steps or stored["num_steps"]
@@ -151,7 +152,7 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, Any
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
-    from reinflow_smolvla import OBS_IMAGES_PREFIX
+    from reinflow_vla import OBS_IMAGES_PREFIX
 
     settings = PreTrainedConfig.from_pretrained(policy_dir, cli_overrides=[f"--device={config.device}"])
     policy = get_policy_class(settings.type).from_pretrained(policy_dir, config=settings, strict=True).eval()

@@ -109,7 +109,8 @@ def build_policy(config: TrainingConfig, device: str) -> FlowPolicy:
 
 
 def _build_smolvla(config: TrainingConfig, device: str) -> FlowPolicy:
-    from reinflow_smolvla import ReinFlowSmolVLA, TrainableGroups
+    from reinflow_smolvla import ReinFlowSmolVLA
+    from reinflow_vla import TrainableGroups
 
     path = str(model_dir() / "tiny_smolvla") if config.pretrained_path == "tiny" else config.pretrained_path
     policy = ReinFlowSmolVLA.from_pretrained(

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("reinflow/*.py"), *ROOT.glob("benchmarks/*.py")])]
+ADAPTERS = sorted(p for glob in ("*smolvla*.py", "reinflow_vla.py", "pi0_*.py") for p in ROOT.glob(glob))
 ENTRY_POINTS = {"train_reinflow", "training_run", "training_checks", "reinflow_eval", "reinflow_doctor"}
 
 
@@ -31,11 +32,10 @@ def test_rooms_know_no_robot_and_no_vla(path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("so101_*.py")), ids=lambda p: p.name)
 def test_environment_knows_no_policy_and_no_trainer(path):
-    smolvla = {p.stem for p in ROOT.glob("*smolvla*.py")}
-    assert not imports_of(path) & (ENTRY_POINTS | smolvla)
+    assert not imports_of(path) & (ENTRY_POINTS | {p.stem for p in ADAPTERS})
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*smolvla*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda p: p.name)
 def test_adapters_know_no_trainer(path):
     assert not imports_of(path) & ENTRY_POINTS
 

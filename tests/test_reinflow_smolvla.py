@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
-from reinflow_smolvla import ReinFlowSmolVLA, TrainableGroups, cache_from, pack_cache
+from reinflow_smolvla import ReinFlowSmolVLA
+from reinflow_vla import TrainableGroups, cache_from, pack_cache
 
 ALL = TrainableGroups(True, True, True, True, True)
 TASK = "pick up the block"
