@@ -223,6 +223,11 @@ class TrainingConfig:
     """offline writes to the run directory; `wandb sync` sends it later."""
     wandb_project: str = "reinflow-smolvla"
     """Project on Weights & Biases."""
+    prefix_cache: Literal["auto", "kv", "embeddings", "none"] = "auto"
+    """What a rollout keeps of the frozen prefix: kv (an update runs the action expert alone), embeddings (and the
+    language model), none (and the vision tower); auto takes the first that fits, on CUDA in host memory if need be."""
+    prefix_cache_gb: float = 0.0
+    """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
     num_threads: int = 0
