@@ -89,11 +89,10 @@ def vector_env(env: BatchedVectorEnv, work: Work) -> Callable[[], float]:
     return run
 
 
-def batch_alone(scene: PickScene, work: Work, num_threads: int) -> Callable[[], float]:
-    """Seconds in `Batch.rollout` for the same chunks."""
+def batch_alone(batch: Batch, scene: PickScene, work: Work) -> Callable[[], float]:
+    """Seconds in `Batch.rollout` for the same chunks; `batch` stands at their end afterwards."""
     substeps = scene.config.steps_per_action
     controls = [np.repeat(scene.control(actions)[0], substeps, axis=1) for actions in work.actions]
-    batch = Batch(scene.model, len(work.actions[0]), nthread=num_threads)
 
     def run() -> float:
         seconds = 0.0
@@ -137,7 +136,7 @@ def measure(num_envs: int, num_threads: int, chunks: int, repeats: int) -> Row:
     ):
         assert isinstance(ours, BatchedVectorEnv) and isinstance(resetting, BatchedVectorEnv)
         variants = {
-            "mujoco.batch": batch_alone(ours.scene, work, num_threads),
+            "mujoco.batch": batch_alone(Batch(ours.scene.model, num_envs, nthread=num_threads), ours.scene, work),
             "ours": vector_env(ours, work),
             "ours + resets": vector_env(resetting, work),
         }
