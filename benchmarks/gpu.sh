@@ -23,7 +23,6 @@ if not torch.cuda.is_available():
              "and a CUDA build of torch")
 print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
 CHECK
-[ -f benchmarks/update.py ] || { echo "gpu.sh: benchmarks/update.py is missing from this checkout" >&2; exit 1; }
 
 export HF_HUB_OFFLINE=1 MUJOCO_GL=${MUJOCO_GL:-egl}
 
@@ -33,10 +32,17 @@ export HF_HUB_OFFLINE=1 MUJOCO_GL=${MUJOCO_GL:-egl}
 "$python" benchmarks/rendering.py --csv "$out/$stamp-rendering.csv" "${flags[@]}"
 "$python" benchmarks/rollout.py --device cuda --csv "$out/$stamp-rollout-tiny.csv" "${flags[@]}"
 
-# A SmolVLA of the real one's widths and depths with random weights (its MLPs are a little narrower).
+# The real-size SmolVLA with random weights, for the two cameras of the preset.
 policy=$(mktemp -d)/policy
 trap 'rm -rf "$(dirname "$policy")"' EXIT
-"$python" -c 'import smolvla_tiny; smolvla_tiny.build_main()' --output-dir "$policy" --image-size 512 --patch-size 16 --scale-factor 4 \
-  --vision-hidden-size 768 --vision-layers 12 --text-hidden-size 960 --text-layers 16
+"$python" - "$policy" <<'BUILD'
+import sys
+from pathlib import Path
+
+sys.path[:0] = [".", "benchmarks"]
+from _real_size import write_real_smolvla
+
+write_real_smolvla(Path(sys.argv[1]), ("camera_up", "wrist_camera"))
+BUILD
 "$python" benchmarks/rollout.py --device cuda --pretrained-path "$policy" --forms batched \
   --csv "$out/$stamp-rollout-real.csv" "${flags[@]}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--size", choices=("tiny", "real"), default="tiny")
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=DECISIONS, help="measured, then scaled to 256")
     parser.add_argument("--epochs", type=int, default=1, help="measured, then scaled to 5")
     parser.add_argument("--minibatch", type=int, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         args.decisions, args.minibatch, args.repeats = 4, 4, 1
     if args.size == "real" and psutil.virtual_memory().available < REAL_GIB * GIB:

@@ -98,6 +98,15 @@ def test_rollout_parts_add_up(tmp_path):
         assert sum(numbers(policy, ", ms")) == pytest.approx(float(row["policy, ms"]), rel=1e-6)
 
 
+def test_update(tmp_path):
+    rows = quick("update", tmp_path)[""]
+    assert {(row["K"], row["executed"]) for row in rows} == {("1", "50"), ("1", "10"), ("4", "50"), ("4", "10")}
+    assert all(float(row["naive / this"]) == 1 for row in rows if row["update"] == "naive")
+    encode = {row["update"]: float(row["encode"]) for row in rows if (row["K"], row["executed"]) == ("1", "50")}
+    assert encode["cached"] < encode["embeddings"]
+    assert encode["cached"] < encode["naive"]
+
+
 def test_limit_counts_what_a_product_needs(tmp_path):
     limit, torch = importlib.import_module("limit"), importlib.import_module("torch")
     assert limit.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
