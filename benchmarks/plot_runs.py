@@ -95,6 +95,7 @@ def main() -> None:
         before, after = reported(run, "before"), reported(run, "after")
         print(f"{run.name}: before {before}, after {after}, {rows[-1]['wall_clock_s']} s")
         if args.csv_dir:
+            args.csv_dir.mkdir(parents=True, exist_ok=True)
             with (args.csv_dir / f"{args.prefix}{run.name}.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
