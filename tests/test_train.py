@@ -151,7 +151,7 @@ def test_what_does_not_fit_the_policy_is_refused_at_start(small):
 
 
 def test_hub_path_without_hub_says_what_to_do(small):
-    from smolvla_tiny import PolicyDirectoryError
+    from policy_directory import PolicyDirectoryError
 
     with pytest.raises(PolicyDirectoryError, match=r"lerobot/smolvla_base.*hf download"):
         train(replace(small, pretrained_path="lerobot/smolvla_base"))
