@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,17 @@ def noise_for(policy: Any, batch: int = 3) -> torch.Tensor:
     """x_0 (B, n, D), the same every time."""
     shape = (batch, policy.n_action_steps, policy.padded_action_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Memory that the graph of ``run``'s result keeps for the backward pass, parameters it uses included."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _result = run()  # alive until the sum is taken, so that no address is used twice
+        return sum(sizes.values())

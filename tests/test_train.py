@@ -144,8 +144,6 @@ def test_wandb_offline_run_is_written(small, tmp_path):
 def test_what_does_not_fit_the_policy_is_refused_at_start(small):
     with pytest.raises(ConfigError, match="cameras"):
         train(replace(small, cameras=("camera_up",)))
-    with pytest.raises(ConfigError, match="model_type"):
-        train(replace(small, model_type="pi0"))
     with pytest.raises(ConfigError, match="chunk_size"):
         train(replace(small, chunk_size=60))
 
