@@ -136,7 +136,7 @@ class ReinFlowPi0(ReinFlowVLA):
             export_pi0(self.vla, self.preprocessor, self.postprocessor, directory)
 
 
-class PrefixCache:
+class FixedPrefix:
     """A layer's cached prefix that a layer may look at but not change, so that it can run twice."""
 
     def __init__(self, keys: Tensor, values: Tensor):
@@ -159,7 +159,7 @@ def recompute_layers(expert: Any) -> None:
 def _recomputed(forward: Callable[..., Tensor], index: int) -> Callable[..., Tensor]:
     def run(hidden_states: Tensor, *, past_key_values: DynamicCache, **options: Any) -> Tensor:
         layer: Any = past_key_values.layers[index]
-        options["past_key_values"] = PrefixCache(layer.keys, layer.values)
+        options["past_key_values"] = FixedPrefix(layer.keys, layer.values)
         if not torch.is_grad_enabled():
             return forward(hidden_states, **options)
         return checkpoint(forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **options)

@@ -1,9 +1,9 @@
 """What every vision-language-action policy of LeRobot shares behind the FlowPolicy interface.
 
 A VLA is a frozen *prefix* (images, language) and an action expert that denoises the *suffix* while it attends to the
-prefix's keys and values. ``encode`` runs the prefix once per decision; its result goes into the rollout buffer, and an
-update runs only the expert on it. A family (SmolVLA, Pi0) says how it embeds its prefix, how its language model runs
-over that, and how its expert denoises; all else is here.
+prefix's keys and values. ``encode`` runs the prefix once per decision; its result goes into the rollout buffer (all of
+it or a part: prefix_cache.py), and an update runs only the expert on it. A family (SmolVLA, Pi0) says how it embeds its
+prefix, how its language model runs over that, and how its expert denoises; all else is here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from prefix_cache import BATCH_PREFIX, PrefixCache, plan_prefix_cache, prefix_bytes
 from reinflow.policy import Context, NoiseHead, Observation, ReinFlowCritic, strict_load
 
 OBS_IMAGES_PREFIX = "observation.images."
@@ -60,6 +61,11 @@ def cache_from(kv: Tensor) -> DynamicCache:
 def pack_cache(cache: DynamicCache) -> Tensor:
     """Keys and values of all layers as one tensor with the batch in front, (B, layers, 2, heads, prefix, head_dim)."""
     return torch.stack([torch.stack([layer.keys, layer.values], dim=1) for layer in cache.layers], dim=1)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Rows from host memory, through a pinned copy: only that is transferred while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class ReinFlowVLA(nn.Module, ABC):
@@ -105,6 +111,7 @@ class ReinFlowVLA(nn.Module, ABC):
         self.critic_inputs = ("environment_state",) if critic_state_dim else ("features",)
         feature_dim = critic_state_dim or self.prefix_feature_dim()
         self.critic = ReinFlowCritic(feature_dim, critic_hidden_size, running=bool(critic_state_dim)).to(device)
+        self.prefix_cache = PrefixCache("kv")
         self._expert_features: Tensor | None = None
         head.register_forward_pre_hook(self._keep_expert_features)
         self._trainable = self._freeze_all_but(groups)
@@ -198,21 +205,54 @@ class ReinFlowVLA(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Context:
-        """The frozen prefix: kv (B, layers, 2, heads, prefix, head_dim), pad (B, prefix), features (B, F)."""
+        """The frozen prefix: kv (B, layers, 2, heads, prefix, head_dim), pad (B, prefix), features (B, F), and what
+        ``prefix_cache`` keeps instead of kv."""
+        context = self._all_of_prefix(batch)
+        return {name: tensor for name, tensor in context.items() if name == "kv" or self.prefix_cache.stored(name)}
+
+    def _all_of_prefix(self, batch: dict[str, Any]) -> Context:
+        """Everything that any way of keeping the prefix needs; tensors of the batch by ``batch.<name>``."""
         prefix = self.embed_prefix(batch)
         cache, features = self.run_prefix(prefix)
-        context = {"kv": pack_cache(cache), "pad": prefix.pad, "features": features} | self.suffix_inputs(batch)
+        context = {"kv": pack_cache(cache), "features": features} | prefix._asdict() | self.suffix_inputs(batch)
         if "environment_state" in batch:
             context["environment_state"] = batch["environment_state"]
-        return context
+        inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in context}
+        return context | {BATCH_PREFIX + name: value for name, value in inputs.items()}
 
-    def _prefix_kv(self, context: Context) -> Tensor:
-        """Keys and values of the prefix, (B, layers, 2, heads, prefix, head_dim)."""
-        return context["kv"]
+    def plan_prefix_cache(self, observation: Observation, wanted: Any, decisions: int, budget_gb: float) -> PrefixCache:
+        """Choose what rollouts of ``decisions`` keep, measured on one ``observation``; see plan_prefix_cache."""
+        with torch.no_grad():
+            sizes = prefix_bytes(self._all_of_prefix(self.preprocess(observation)))
+        device = str(self.noise_mlp.sigma_min.device)
+        self.prefix_cache = plan_prefix_cache(wanted, sizes, decisions, device, budget_gb)
+        return self.prefix_cache
+
+    def to_buffer(self, context: Context) -> Context:
+        """What the rollout buffer keeps of an acting context."""
+        kept = {name: tensor for name, tensor in context.items() if self.prefix_cache.stored(name)}
+        if not self.prefix_cache.offload:
+            return kept
+        return {name: t.cpu() if self.prefix_cache.is_bulk(name) else t for name, t in kept.items()}
+
+    @torch.no_grad()
+    def from_buffer(self, context: Context) -> Context:
+        """Inverse of ``to_buffer`` for rows of the buffer: kv is copied back or computed again."""
+        if self.prefix_cache.offload:
+            device = self.noise_mlp.sigma_min.device
+            context = {k: t if t.device == device else _upload(t, device) for k, t in context.items()}
+        if "kv" in context:
+            return context
+        if self.prefix_cache.keep == "embeddings":
+            prefix = Prefix(**{name: context[name] for name in Prefix._fields})
+        else:
+            prefix = self.embed_prefix({k.removeprefix(BATCH_PREFIX): t for k, t in context.items()})
+        rest = {name: tensor for name, tensor in context.items() if not self.prefix_cache.is_bulk(name)}
+        return rest | {"kv": pack_cache(self.run_prefix(prefix)[0])}
 
     def velocity(self, context: Context, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of the action expert: (B, n, D) at (B,) -> velocity (B, n, D), expert features (B, n, F)."""
-        velocity = self.denoise(context, cache_from(self._prefix_kv(context)), x_t, time)
+        velocity = self.denoise(context, cache_from(context["kv"]), x_t, time)
         features, self._expert_features = self._expert_features, None
         assert features is not None
         return velocity, features

@@ -231,10 +231,16 @@ class TrainingConfig:
     """offline writes to the run directory; `wandb sync` sends it later."""
     wandb_project: str = "reinflow-smolvla"
     """Project on Weights & Biases."""
+    prefix_cache: Literal["auto", "kv", "embeddings", "none"] = "auto"
+    """What a rollout keeps of the frozen prefix: kv (an update runs the action expert alone), embeddings (and the
+    language model), none (and the vision tower); auto takes the first that fits, on CUDA in host memory if need be."""
+    prefix_cache_gb: float = 0.0
+    """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
     num_threads: int = 0
-    """Threads of torch; 0 is its own choice. MuJoCo always takes all cores. A tiny model is faster with 1."""
+    """Threads of torch; 0 is its own choice. MuJoCo always takes all cores. The last digits of the results depend on
+    this number."""
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -267,7 +273,7 @@ PRESETS: dict[str, TrainingConfig] = {
         preset="tiny",
         pretrained_path="tiny",
         num_episodes=7_680,
-        num_threads=1,
+        num_threads=2,
         num_parallel_envs=64,
         episodes_per_iteration=384,
         cameras=("camera_up", "wrist_camera"),

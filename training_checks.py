@@ -17,6 +17,7 @@ FIRST_REPORTING_SEED = 10_000
 CHANGEABLE_ON_RESUME = {
     "num_episodes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints", "log_interval",
     "wandb_enabled", "wandb_mode", "headless", "num_threads", "report_episodes",
+    "prefix_cache", "prefix_cache_gb",
 }  # fmt: skip
 POSITIVE = (
     "num_episodes", "num_parallel_envs", "episodes_per_iteration", "num_ppo_epochs", "num_critic_epochs",
@@ -28,7 +29,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed", "target_kl", "value_clip_epsilon", "entropy_coeff", "anchor_coeff", "lr_warmup_iterations",
     "critic_warmup_iters", "eval_interval", "eval_seed", "report_episodes", "report_seed", "num_threads",
-    "start_noise_deg", "peft_rank",
+    "start_noise_deg", "prefix_cache_gb", "peft_rank",
 )  # fmt: skip
 FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio")
 

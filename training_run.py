@@ -26,7 +26,7 @@ from reinflow.schedules import in_critic_warmup, linear_decay, noise_bounds, war
 from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
-from so101_vector_env import ChunkVectorEnv, SequentialVectorEnv, make_vector_env
+from so101_vector_env import ChunkVectorEnv, Observation, ObservationBuffer, SequentialVectorEnv, make_vector_env
 from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
 from training_scale import auto_scale
 
@@ -145,7 +145,17 @@ def _build_vla(
     absent = [name for name in policy.cameras if name not in config.cameras]
     if absent:
         raise ConfigError(f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {path} looks through")
+    decisions = config.decisions_per_iteration
+    plan = policy.plan_prefix_cache(
+        blank_observation(env_config(config)), config.prefix_cache, decisions, config.prefix_cache_gb
+    )
+    print(plan.describe(decisions))
     return policy
+
+
+def blank_observation(config: EnvConfig) -> Observation:
+    """What one environment of ``config`` would show, all zeros."""
+    return ObservationBuffer(config, 1).read()
 
 
 def _build_flow_mlp(config: TrainingConfig, device: str) -> FlowPolicy:

@@ -222,7 +222,7 @@ def chain_log_prob(policy: FlowPolicy, context: Context, chain: Tensor, spec: Ch
 
     Args:
         policy: the policy being updated.
-        context: the encoded observations stored at sampling time.
+        context: what ``to_buffer`` kept of the encoded observations at sampling time (or all of it).
         chain: the stored denoising states.
         spec: the chain's definition, the same as at sampling.
     """
@@ -231,6 +231,7 @@ def chain_log_prob(policy: FlowPolicy, context: Context, chain: Tensor, spec: Ch
     x_t = chain[:, steps.start : steps.stop].flatten(0, 1)  # (B*K', n, D)
     x_next = chain[:, steps.start + 1 : steps.stop + 1].flatten(0, 1)
     time = time_grid(spec.num_denoising_steps, chain.device)[steps.start :].repeat(batch)
+    context = policy.from_buffer(context)
     folded = context if repeats == 1 else {k: v.repeat_interleave(repeats, dim=0) for k, v in context.items()}
     step = transition(policy, folded, x_t, time, spec)
     action_dim = policy.action_dim

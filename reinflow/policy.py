@@ -17,7 +17,7 @@ from reinflow import UserError
 
 Context = dict[str, Tensor]
 """Encoded observations: every tensor's first dim is the batch. It must hold all that ``velocity`` and ``value`` need,
-so that an update never encodes anything again."""
+so that an update need not encode anything again."""
 
 Observation = dict[str, Any]
 """What a ChunkVectorEnv hands out: pixels, agent_pos, task, optionally environment_state."""
@@ -41,6 +41,14 @@ class FlowPolicy(Protocol):
 
     def encode(self, batch: dict[str, Any]) -> Context:
         """One frozen pass over the observation; no gradient."""
+        ...
+
+    def to_buffer(self, context: Context) -> Context:
+        """What the rollout buffer keeps of an acting context: enough for ``value``, and for ``from_buffer``."""
+        ...
+
+    def from_buffer(self, context: Context) -> Context:
+        """Rows of the buffer -> a context for ``velocity``; nothing to do where ``to_buffer`` keeps everything."""
         ...
 
     def velocity(self, context: Context, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,6 +297,12 @@ class FlowMLP(nn.Module):
 
     def encode(self, batch: dict[str, Any]) -> Context:
         return {"state": batch["state"]}
+
+    def to_buffer(self, context: Context) -> Context:
+        return context
+
+    def from_buffer(self, context: Context) -> Context:
+        return context
 
     def velocity(self, context: Context, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         action, hidden = self._predict_action(context, x_t, time)

@@ -143,17 +143,17 @@ def collect_rollout(
         generator: of x_0 and the exploration noise, on the policy's device.
     """
     rows: list[dict[str, Tensor]] = []
-    contexts: list[Context] = []
+    contexts: Context = {}
     episodes: list[Any] = []
     noise_stds, seconds_env, start = [], 0.0, time.perf_counter()
-    for _ in range(num_chunk_steps):
+    for step in range(num_chunk_steps):
         sample, actions = act(policy, cursor.context, spec, generator)
         env_start = time.perf_counter()
         result = env.step_chunk(actions)
         seconds_env += time.perf_counter() - env_start
         following = Cursor.at(policy, result.observation)
         reward, discount = chunk_return(result.rewards, result.active, settings)
-        contexts.append(cursor.context)
+        _store(contexts, step, num_chunk_steps, policy.to_buffer(cursor.context))
         noise_stds.append(sample.noise_std.mean().item())
         rows.append({
             "chain": sample.chain,
@@ -170,10 +170,21 @@ def collect_rollout(
         cursor = following
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
-    context = {name: torch.stack([c[name] for c in contexts]) for name in contexts[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
     info = RolloutInfo(episodes, float(np.mean(noise_stds)), seconds_env, seconds_policy)
-    return RolloutBuffer(context=context, **stacked), info, cursor
+    return RolloutBuffer(context=contexts, **stacked), info, cursor
+
+
+def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context) -> None:
+    """Write one decision's context (N, ...) into tensors (T, N, ...), made at the first one: stacking a list at the end
+    would hold everything twice. Host memory beside an accelerator is pinned, so that it can be transferred."""
+    for name, tensor in context.items():
+        if step == 0:
+            pin = tensor.device.type == "cpu" and torch.cuda.is_available()
+            contexts[name] = torch.empty(
+                (num_chunk_steps, *tensor.shape), dtype=tensor.dtype, device=tensor.device, pin_memory=pin
+            )
+        contexts[name][step].copy_(tensor)
 
 
 def act(

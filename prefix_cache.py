@@ -1,0 +1,104 @@
+"""What a rollout keeps of an encoded observation, so that an update never encodes it again, and whether it fits.
+
+| keeps        | the update then runs, besides the action expert | a decision of SmolVLA, 3 cameras, bf16 |
+|--------------|--------------------------------------------------|----------------------------------------|
+| `kv`         | nothing                                          | 4.2 MB                                 |
+| `embeddings` | the language model over the stored embeddings    | .4 MB                                  |
+| `none`       | vision tower and language model over the images  | the images                             |
+
+All three give the same velocities to rounding. Only what an update would read goes into the buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+from reinflow.policy import Context, PolicyError
+
+Keep = Literal["kv", "embeddings", "none"]
+KEEPS: tuple[Keep, ...] = ("kv", "embeddings", "none")  # fastest first
+BATCH_PREFIX = "batch."  # names of preprocessed inputs inside a context
+STORED_BY: dict[Keep, tuple[str, ...]] = {
+    "kv": ("kv",),
+    "embeddings": ("embeddings", "attention"),
+    "none": (BATCH_PREFIX,),
+}
+SHARE_OF_FREE_MEMORY = 0.5  # the rest is for gradients, optimiser moments and activations
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """How the prefix of a decision is kept in the rollout buffer."""
+
+    keep: Keep
+    offload: bool = False
+    """Keep it in pinned host memory while the policy is on an accelerator."""
+    bytes_per_decision: int = 0
+
+    def stored(self, name: str) -> bool:
+        """Whether the context's tensor ``name`` goes into the buffer."""
+        others = [key for keep in KEEPS if keep != self.keep for key in STORED_BY[keep]]
+        return not name.startswith(tuple(others))
+
+    def is_bulk(self, name: str) -> bool:
+        """Whether ``name`` is part of the kept prefix (and offloaded with it)."""
+        return name.startswith(STORED_BY[self.keep])
+
+    def describe(self, decisions: int) -> str:
+        """One line for the start of a run."""
+        size, place = self.bytes_per_decision, "host memory (pinned)" if self.offload else "the policy's device"
+        return (
+            f"prefix cache: {self.keep}, {size / 2**20:.2f} MiB a decision, {decisions * size / GIB:.2f} GiB, {place}"
+        )
+
+
+def prefix_bytes(context: Context) -> dict[Keep, int]:
+    """Bytes per decision that each way of keeping would store, from a context that holds them all."""
+    rows = len(context["pad"])
+    sizes = {name: tensor.numel() * tensor.element_size() // rows for name, tensor in context.items()}
+    return {k: sum(size for name, size in sizes.items() if name.startswith(STORED_BY[k])) for k in KEEPS}
+
+
+def plan_prefix_cache(
+    wanted: Literal["auto", "kv", "embeddings", "none"],
+    sizes: dict[Keep, int],
+    decisions: int,
+    device: str,
+    budget_gb: float = 0.0,
+) -> PrefixCache:
+    """The fastest way of keeping that fits, or the wanted one.
+
+    Args:
+        wanted: "auto" to choose.
+        sizes: bytes per decision, of ``prefix_bytes``.
+        decisions: per rollout.
+        device: of the policy.
+        budget_gb: memory for the cache in GiB; 0 takes half of what is free.
+
+    Raises:
+        PolicyError: nothing (or not the wanted one) fits, with the remedy.
+    """
+    places = [(False, budget_gb * GIB or SHARE_OF_FREE_MEMORY * free_memory(device))]
+    if device.startswith("cuda"):
+        places.append((True, SHARE_OF_FREE_MEMORY * free_memory("cpu")))
+    for keep in KEEPS if wanted == "auto" else (wanted,):
+        for offload, budget in places:
+            if decisions * sizes[keep] <= budget:
+                return PrefixCache(keep, offload, sizes[keep])
+    least = min(decisions * sizes[keep] for keep in (KEEPS if wanted == "auto" else (wanted,)))
+    raise PolicyError(
+        f"prefix_cache={wanted} needs {least / GIB:.1f} GiB for {decisions} decisions, the budget is "
+        f"{places[0][1] / GIB:.1f} GiB: lower episodes_per_iteration, raise prefix_cache_gb, or set prefix_cache=auto"
+    )
+
+
+def free_memory(device: str) -> int:
+    """Free bytes of a CUDA device, or of the host."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
