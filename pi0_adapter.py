@@ -188,7 +188,7 @@ def merged_adapters(expert: nn.Module) -> Iterator[None]:
     adapted = [(name, module) for name, module in expert.named_modules() if isinstance(module, Linear)]
     originals = []
     for name, module in adapted:
-        base = module.get_base_layer()
+        base: Any = module.get_base_layer()
         originals.append(base.weight.data)
         base.weight.data = base.weight.data + module.get_delta_weight("default")
         _put(expert, name, base)

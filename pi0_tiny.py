@@ -135,7 +135,8 @@ def build_policy(config: TinyPi0Config) -> None:
     settings = lerobot_config(config)
     torch.manual_seed(config.seed)
     policy = build_model(settings, tiny_sizes(config, len(tokenizer)))
-    export_pi0(policy, *make_processors(settings, folder), config.output_dir)
+    preprocessor, postprocessor = make_processors(settings, folder)
+    export_pi0(policy, preprocessor, postprocessor, config.output_dir)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class TrainingConfig:
     # --- How much --------------------------------------------------------------------------------------------------
     num_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 20_000
     """Training episodes in all."""
-    num_parallel_envs: Annotated[int, tyro.conf.arg(aliases=["--parallel-envs"])] = 1
+    num_parallel_envs: Annotated[int, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
     episodes_per_iteration: int = 40
     """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""

@@ -114,34 +114,36 @@ def _build_smolvla(config: TrainingConfig, device: str) -> FlowPolicy:
 def _build_pi0(config: TrainingConfig, device: str) -> FlowPolicy:
     from pi0_adapter import ReinFlowPi0
 
-    return _build_vla(
-        config, device, ReinFlowPi0, "tiny_pi0",
-        dtype=config.pi0_vlm_dtype,
-        tokenizer=config.pi0_tokenizer_path,
-        gradient_checkpointing=config.pi0_gradient_checkpointing,
-        peft_rank=config.peft_rank,
-    )  # fmt: skip
+    options = pi0_options(config) | {"dtype": config.pi0_vlm_dtype, "tokenizer": config.pi0_tokenizer_path}
+    return _build_vla(config, device, ReinFlowPi0, "tiny_pi0", **options)
+
+
+def pi0_options(config: TrainingConfig) -> dict[str, Any]:
+    """What ReinFlowPi0's constructor takes beside ``vla_settings``."""
+    return {"gradient_checkpointing": config.pi0_gradient_checkpointing, "peft_rank": config.peft_rank}
+
+
+def vla_settings(config: TrainingConfig) -> dict[str, Any]:
+    """What ReinFlowVLA's constructor takes."""
+    from reinflow_vla import TrainableGroups
+
+    return {
+        "num_denoising_steps": config.num_denoising_steps,
+        "n_action_steps": config.n_action_steps,
+        "sigma_min": config.sigma_min,
+        "sigma_max": config.sigma_max,
+        "groups": TrainableGroups(**matching_fields(config, TrainableGroups)),
+        "critic_hidden_size": config.critic_hidden_size,
+        "critic_state_dim": len(ENVIRONMENT_STATE_NAMES) if config.critic_input == "state" else 0,
+    }
 
 
 def _build_vla(
     config: TrainingConfig, device: str, family: type[ReinFlowVLA], embedded: str, **options: Any
 ) -> FlowPolicy:
     """A vision-language-action policy; ``embedded`` is the directory that the path "tiny" names."""
-    from reinflow_vla import TrainableGroups
-
     path = str(model_dir() / embedded) if config.policy_path == "tiny" else config.policy_path
-    policy = family.from_pretrained(
-        path,
-        device,
-        num_denoising_steps=config.num_denoising_steps,
-        n_action_steps=config.n_action_steps,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        groups=TrainableGroups(**matching_fields(config, TrainableGroups)),
-        critic_hidden_size=config.critic_hidden_size,
-        critic_state_dim=len(ENVIRONMENT_STATE_NAMES) if config.critic_input == "state" else 0,
-        **options,
-    )
+    policy = family.from_pretrained(path, device, **vla_settings(config), **options)
     absent = [name for name in policy.cameras if name not in config.cameras]
     if absent:
         raise ConfigError(f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {path} looks through")
