@@ -352,20 +352,27 @@ def write_references(directory: Path, reference: str) -> None:
 
 
 def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
-    """Copy a policy directory and write absolute VLM paths, so that stock LeRobot loads it from anywhere.
+    """Copy a SmolVLA or Pi0 directory and write absolute paths, so that stock LeRobot loads it from anywhere.
+
+    A Pi0 of other than the published sizes loads inside ``pi0_directory.reduced_sizes`` only.
 
     Returns:
         The absolute path of the copy. It must not be moved afterwards (materialise again instead).
     """
     source, target = locate_policy(policy_dir), Path(output_dir).resolve()
     refuse_existing(target)
-    vlm = Path(resolve_folder(source, str(read_json(source / CONFIG_FILE)["vlm_model_name"])))
-    if not vlm.is_dir():
-        raise PolicyDirectoryError(f"{source} refers to the hub ({vlm}): LeRobot loads it as it is, nothing to do")
+    vlm_name = read_json(source / CONFIG_FILE).get("vlm_model_name")
+    folder = Path(resolve_folder(source, str(vlm_name or stored_tokenizer(source))))
+    if not folder.is_dir():
+        raise PolicyDirectoryError(f"{source} refers to the hub ({folder}): LeRobot loads it as it is, nothing to do")
     shutil.copytree(source, target)
-    if vlm != source / VLM_FOLDER:
-        shutil.copytree(vlm, target / VLM_FOLDER, dirs_exist_ok=True)
-    write_references(target, str(target / VLM_FOLDER))
+    inside = target / folder.name
+    if folder.parent != source:
+        shutil.copytree(folder, inside, dirs_exist_ok=True)
+    if vlm_name:
+        write_references(target, str(inside))
+    else:
+        store_tokenizer(target, str(inside))
     return target
 
 

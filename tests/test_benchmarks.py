@@ -37,6 +37,12 @@ def test_plot_runs_reads_recorded_metrics(tmp_path):
     assert rows[-1].split(",")[1] == f"{lines[-1]['progress/episodes']:.5g}"
 
 
+def test_memory_compares_plan_and_process(tmp_path):
+    out = run("memory.py", "--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
+    assert "forward and backward, 2 decisions" in out
+    assert len((tmp_path / "memory.csv").read_text().splitlines()) == 6
+
+
 @pytest.mark.slow
 def test_ablation(tmp_path):
     assert "| preset |" in run("ablation.py", "--quick", "--output-dir", str(tmp_path))

@@ -19,6 +19,7 @@ from reinflow.checkpoint import load_training_state, resolve_checkpoint
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
 from reinflow.tracking import read_metrics
 from reinflow_eval import find_policy, parse_args, run_eval
+from smolvla_tiny import materialize
 from so101_mujoco_utils import model_dir
 from tests.policies import load, noise_for, observe, saved_bytes
 from train_reinflow import PRESETS, TrainingConfig, train
@@ -199,12 +200,10 @@ def test_stock_library_loads_the_export_and_acts_alike(policy_dirs, family, tmp_
     for file in (tmp_path / "export").rglob("*.json"):
         assert str(policy_dirs[family]) not in file.read_text()
     monkeypatch.chdir(tmp_path)
-    with reduced_sizes(stored_sizes(tmp_path / "export")):
-        stock = policy_class(family).from_pretrained(tmp_path / "export").eval()
-    tokenizer = {"tokenizer_processor": {"tokenizer_name": str(tmp_path / "export/tokenizer")}}
-    before, after = make_pre_post_processors(
-        stock.config, pretrained_path=str(tmp_path / "export"), preprocessor_overrides=tokenizer
-    )
+    target = materialize(tmp_path / "export", tmp_path / "absolute")
+    with reduced_sizes(stored_sizes(target)):
+        stock = policy_class(family).from_pretrained(target).eval()
+    before, after = make_pre_post_processors(stock.config, pretrained_path=str(target))
     noise, observation = noise_for(ours), observe(ours)
     batch = {"observation.state": torch.as_tensor(observation["agent_pos"]), "task": observation["task"]}
     for camera, images in observation["pixels"].items():
