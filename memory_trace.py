@@ -266,20 +266,19 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
     @cache
     def update(keep: Keep) -> Linear:
         policy.prefix_cache = PrefixCache(keep)
-        return Linear.through(update_peak)
-
-    def update_peak(rows: int) -> int:
         with shapes_only():
-            context = policy.to_buffer(policy.encode(blank_batch(policy, config, rows)))
-            chain = torch.zeros(rows, spec.num_denoising_steps + 1, policy.n_action_steps, policy.padded_action_dim)
-            for again in (False, True):  # with gradients from a minibatch before
+            context = policy.to_buffer(policy.encode(blank_batch(policy, config, 4)))
+            chain = torch.zeros(4, spec.num_denoising_steps + 1, policy.n_action_steps, policy.padded_action_dim)
+
+            def score_and_differentiate(rows: int) -> int:
                 gradients = [p.grad for p in learning if p.grad is not None]
                 with MemoryTrace((*weights.values(), *gradients)) as trace:
-                    inputs = {name: tensor.clone() for name, tensor in context.items()}  # rows taken from the buffer
-                    chain_log_prob(policy, inputs, chain.clone(), spec).log_prob.sum().backward()
-                if again:
-                    return trace.peak
-        raise AssertionError
+                    inputs = {name: tensor[:rows].clone() for name, tensor in context.items()}  # taken from the buffer
+                    chain_log_prob(policy, inputs, chain[:rows].clone(), spec).log_prob.sum().backward()
+                return trace.peak
+
+            score_and_differentiate(2)  # from now on there are gradients from a minibatch before
+            return Linear.through(score_and_differentiate)
 
     with shapes_only(), torch.no_grad():
         everything = policy._all_of_prefix(blank_batch(policy, config, 2))

@@ -103,8 +103,13 @@ def make_plan(config: MemoryConfig, passes: PassBytes) -> Plan:
         for keep in (KEEPS if c.prefix_cache == "auto" else (c.prefix_cache,))
         for offload in ((False, True) if config.for_device == "cuda" else (False,))
     ]
-    plans = [_plan(config, passes, keep, offload) for keep, offload in choices]
-    return next((plan for plan in plans if fits(plan, config)), plans[-1])
+    for keep, offload in choices:
+        if fits(_plan(config, passes, keep, offload, backward=0.0), config):  # else the update need not be traced
+            plan = _plan(config, passes, keep, offload, passes.update(keep)(c.minibatch_size))
+            if fits(plan, config):
+                return plan
+    keep, offload = choices[0]
+    return _plan(config, passes, keep, offload, passes.update(keep)(c.minibatch_size))
 
 
 def fits(plan: Plan, config: MemoryConfig) -> bool:
@@ -115,7 +120,7 @@ def fits(plan: Plan, config: MemoryConfig) -> bool:
     )
 
 
-def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool) -> Plan:
+def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool, backward: float) -> Plan:
     c, cuda = config.training, config.for_device == "cuda"
     decisions, envs, rows = c.decisions_per_iteration, c.num_parallel_envs, c.minibatch_size
     decision = passes.kept[keep] + passes.rest
@@ -126,7 +131,7 @@ def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool) ->
     copies = (c.policy_optimizer == "natural" or c.undo_overshoot) + (c.anchor_coeff > 0)
     moments = 2 * passes.critic + (passes.natural if c.policy_optimizer == "natural" else 2 * passes.policy)
     # Adam works tensor by tensor on the CPU; on CUDA over all at once, with one copy of them.
-    backward = max(passes.update(keep)(rows), learned if cuda else 0)
+    backward = max(backward, learned if cuda else 0)
     device = [
         Row("frozen weights", passes.frozen, passes.frozen),
         Row("trainable weights, fp32", learned, learned),
@@ -238,8 +243,8 @@ def sweep_table(config: MemoryConfig, passes: PassBytes) -> list[list[float]]:
 
     def peak(envs: int, rows: int) -> float:
         c = config.training
-        episodes = max(c.episodes_per_iteration, envs)
         # One optimiser batch must fit into a rollout, whatever its minibatches are.
+        episodes = max(c.episodes_per_iteration, envs, -(-rows // c.chunks_per_episode))
         accumulation = max(1, min(c.gradient_accumulation_steps, episodes * c.chunks_per_episode // rows))
         changed = replace(
             c, num_parallel_envs=envs, minibatch_size=rows, gradient_accumulation_steps=accumulation,

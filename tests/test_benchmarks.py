@@ -40,7 +40,7 @@ def test_plot_runs_reads_recorded_metrics(tmp_path):
 def test_memory_compares_plan_and_process(tmp_path):
     out = run("memory.py", "--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
     assert "forward and backward, 2 decisions" in out
-    assert len((tmp_path / "memory.csv").read_text().splitlines()) == 6
+    assert len((tmp_path / "memory.csv").read_text().splitlines()) == 5
 
 
 @pytest.mark.slow

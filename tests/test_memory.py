@@ -54,12 +54,13 @@ def test_allocator_and_trace_agree_on_a_known_peak():
     assert trace.peak == pytest.approx(8e6, rel=0.01) and trace.live == 0
 
 
-def test_recomputation_and_adapters_save_what_they_should(pi0_passes):
-    without = trace_passes(replace(PI0.training, pi0_gradient_checkpointing=False))
-    assert without.update("kv").per_row > 2 * pi0_passes.update("kv").per_row
-    adapted = trace_passes(replace(PI0.training, peft_rank=16))
-    assert adapted.policy < 0.1 * pi0_passes.policy
-    assert adapted.frozen + adapted.policy > pi0_passes.frozen + pi0_passes.policy
+def test_recomputation_and_adapters_save_what_they_should():
+    plain = replace(PRESETS["tiny-pi0"], pi0_gradient_checkpointing=False)
+    saving, adapted = replace(plain, pi0_gradient_checkpointing=True), replace(plain, peft_rank=2)
+    passes = {name: trace_passes(c) for name, c in (("plain", plain), ("saving", saving), ("adapted", adapted))}
+    assert passes["saving"].update("kv").per_row < 0.75 * passes["plain"].update("kv").per_row
+    assert passes["adapted"].policy < 0.8 * passes["plain"].policy
+    assert passes["adapted"].scalars > passes["plain"].scalars
 
 
 # --- The published Pi0 ----------------------------------------------------------------------------------------------
@@ -95,8 +96,8 @@ def test_too_small_a_device_names_a_switch(pi0_passes):
     small = replace(PI0, vram_gb=14.0)
     said = advice(small, make_plan(small, pi0_passes))
     assert "do not suffice" in said and "--peft-rank 16" in said
-    none = replace(PI0, vram_gb=2.0)
-    assert "no switch" in advice(none, make_plan(none, pi0_passes))
+    tiny = MemoryConfig(training=PRESETS["tiny-pi0"], vram_gb=0.5)
+    assert "no switch" in advice(tiny, make_plan(tiny, traced(tiny.training)))
 
 
 def test_sweep_grows_with_envs_and_minibatch(pi0_passes):
