@@ -130,8 +130,6 @@ def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool, ba
     acting = (1 if c.time_limit_is_terminal else 2) * envs * (passes.kept["kv"] + passes.rest)
     copies = (c.policy_optimizer == "natural" or c.undo_overshoot) + (c.anchor_coeff > 0)
     moments = 2 * passes.critic + (passes.natural if c.policy_optimizer == "natural" else 2 * passes.policy)
-    # Adam works tensor by tensor on the CPU; on CUDA over all at once, with one copy of them.
-    backward = max(backward, learned if cuda else 0)
     device = [
         Row("frozen weights", passes.frozen, passes.frozen),
         Row("trainable weights, fp32", learned, learned),
@@ -142,6 +140,7 @@ def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool, ba
         Row("decisions for the KL", 0, sample),
         Row("current observations", acting, envs * (passes.kept["kv"] + passes.rest), f"{envs} envs, kv"),
         Row("encoding", passes.encode(envs), 0, f"vision tower and language model, {envs} envs"),
+        # The optimiser's step comes after it and works in place: Adam is fused.
         Row("forward and backward", 0, backward, f"{rows} decisions x {c.num_denoising_steps} steps"),
     ]
     if not cuda:

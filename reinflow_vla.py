@@ -271,7 +271,7 @@ class ReinFlowVLA(nn.Module, ABC):
 
     def postprocess(self, actions: Tensor) -> np.ndarray:
         """(B, n, A) normalised -> environment units, float64."""
-        return self.postprocessor(actions).double().numpy()
+        return self.postprocessor(actions).double().cpu().numpy()
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of velocity and noise."""

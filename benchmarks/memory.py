@@ -1,159 +1,170 @@
-"""Memory that reinflow-memory plans against what PyTorch's allocator and the process really take, on the CPU.
+"""Memory of the tiny preset: the rollout buffer, the update's peak, and whether a long run stays flat. Linux only.
 
-    python benchmarks/memory.py --policy tiny --rows 8
-    python benchmarks/memory.py --policy tiny-pi0 --rows 8
-    python benchmarks/memory.py --policy smolvla --rows 2 --csv notes/results/memory.csv     # real size, random weights
+    python benchmarks/memory.py [--quick] [--csv FILE] [--iterations 1000]
 
-The allocator's own records (torch.profiler) say what was allocated at the peak of a pass, kernels' work space included;
-they share nothing with the trace on shapes that the plan is made of.
+* Buffer: bytes of the tensors that a rollout keeps per decision, by number of cameras. Extra cameras are shown to the
+  embedded policy, which was not trained on them: sizes do not depend on that.
+* Update: resident memory before, and its highest value during `PPOLearner.update` on 192 decisions, by minibatch; each
+  in a fresh process, with the kernel's own high-water mark.
+* Flat: resident memory over many small iterations of the real loop (rollout, update, evaluation, log, checkpoint), and
+  a line fitted to it after the first fifth.
 """
 
 from __future__ import annotations
 
-import csv
-import resource
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, cast
 
-import psutil
+import numpy as np
 import torch
-import tyro
-from torch.profiler import ProfilerActivity, profile
+from _common import Row, make_parser, open_run, report
 
-from memory_trace import PassBytes, published_smolvla, trace_passes
-from reinflow.flow import chain_log_prob, sample_chain
-from reinflow_vla import ReinFlowVLA
+from reinflow.rollout import Cursor
+from reinflow_smolvla import OBS_IMAGES_PREFIX, ReinFlowSmolVLA
+from so101_mujoco_utils import CAMERA_NAMES
 from train_reinflow import PRESETS, TrainingConfig
-from training_run import blank_observation, build_policy, chain_spec, env_config
+from training_run import TrainingRun, training_seeds
 
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class MemoryBenchmark:
-    """Compare planned and measured memory."""
-
-    policy: Literal["tiny", "tiny-pi0", "smolvla"] = "tiny"
-    """Preset; smolvla is the published size with random weights."""
-    rows: int = 8
-    """Observations encoded and decisions differentiated at once."""
-    csv: str = ""
-    """Append the table to this file."""
+MINIBATCHES = (8, 32, 96, 192)
+DECISIONS = 192
+WARM_UP = 0.2  # share of the iterations before the fitted line
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Planned and measured bytes of one thing."""
-
-    name: str
-    planned: float
-    measured: float
-
-    @property
-    def error(self) -> float:
-        """Planned over measured, minus one."""
-        return self.planned / self.measured - 1
+def status_mb(name: str) -> float:
+    """A field of this process's status in MB: VmRSS, resident now, or VmHWM, its highest value."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
 
 
-def allocated_peak(run: Callable[[], Any]) -> int:
-    """Bytes that the CPU allocator had handed out during ``run`` at most, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    live = peak = 0
-    for _, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
-        live += size
-        peak = max(peak, live)
-    return peak
+def small(num_envs: int, minibatch: int, chunks: int = 3, **overrides: Any) -> TrainingConfig:
+    """The tiny preset with one episode of `chunks` decisions per environment and iteration."""
+    config = PRESETS["tiny"]
+    return dataclasses.replace(
+        config, num_parallel_envs=num_envs, episodes_per_iteration=num_envs, minibatch_size=minibatch,
+        gradient_accumulation_steps=num_envs * chunks // minibatch, num_critic_epochs=2,
+        chunks_per_episode=chunks, max_steps_per_episode=chunks * config.n_action_steps, **overrides,
+    )  # fmt: skip
 
 
-def _allocations(events: Any) -> Iterator[tuple[int, int]]:
-    """(time, bytes) of every allocation, negative where memory is given back."""
-    for event in events:
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            yield event.start_time_ns, event.extra_fields.alloc_size
-        yield from _allocations(event.children)
+def buffer_row(cameras: int, num_envs: int) -> Row:
+    """Bytes per decision of every tensor in the rollout buffer."""
+    config = small(num_envs, num_envs, cameras=CAMERA_NAMES)
+    run = open_run(config)
+    try:
+        vla_config = cast(ReinFlowSmolVLA, run.policy).vla.config
+        image = next(iter(vla_config.image_features.values()))
+        others = {k: v for k, v in vla_config.input_features.items() if not k.startswith(OBS_IMAGES_PREFIX)}
+        vla_config.input_features = {OBS_IMAGES_PREFIX + name: image for name in CAMERA_NAMES[:cameras]} | others
+        run.cursor = Cursor.at(run.policy, run.env.reset(training_seeds(config)))
+        buffer = run.rollout()
+    finally:
+        run.env.close()
+    tensors = {f"context {name}": tensor for name, tensor in buffer.context.items()}
+    tensors |= {f.name: getattr(buffer, f.name) for f in dataclasses.fields(buffer) if f.name != "context"}
+    sizes = {name: tensor.nbytes / buffer.num_decisions for name, tensor in tensors.items()}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
+    row: Row = {"cameras": cameras, "bytes a decision": round(sum(sizes.values()))}
+    row |= {name: round(sizes[name]) for name in largest}
+    row["the rest"] = round(sum(sizes.values()) - sum(sizes[name] for name in largest))
+    return row | {"MB an iteration of the preset": sum(sizes.values()) * PRESETS["tiny"].decisions_per_iteration / 1e6}
 
 
-def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows: int) -> list[Comparison]:
-    """Weights, one decision's share of the buffer, the peak of encoding and that of a second backward pass."""
-    observation, spec = blank_observation(env_config(config)), chain_spec(config)
-    one = policy.preprocess(observation | {"task": [config.instruction]})
-    batch = {k: v.expand(rows, *v.shape[1:]).contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
-    context = policy.to_buffer(policy.encode(batch))
-    noise = torch.zeros(rows, policy.n_action_steps, policy.padded_action_dim)
-    chain = sample_chain(policy, context, spec, noise, torch.Generator().manual_seed(0)).chain
-
-    def encode() -> Any:
-        return policy.encode({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
-
-    def update() -> None:
-        inputs = {name: tensor.clone() for name, tensor in context.items()}  # rows taken from the buffer
-        chain_log_prob(policy, inputs, chain.clone(), spec).log_prob.sum().backward()
-
-    update()  # gradients are there from now on
-    storages = [t.untyped_storage() for t in (*policy.parameters(), *policy.buffers())]
-    tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    kept = sum(t.nbytes for t in context.values()) / rows + chain.nbytes / rows
-    return [
-        Comparison("weights", passes.frozen + passes.policy + passes.critic, sum(tensors.values())),
-        Comparison("buffer, per decision", passes.kept["kv"] + passes.rest, kept),
-        Comparison(f"encoding, {rows} observations", passes.encode(rows), allocated_peak(encode)),
-        Comparison(f"forward and backward, {rows} decisions", passes.update("kv")(rows), allocated_peak(update)),
-    ]
+def update_row(minibatch: int, num_envs: int) -> Row:
+    """Resident memory around one update, in this process."""
+    config = small(num_envs, minibatch)
+    torch.set_num_threads(config.num_threads)
+    run = open_run(config)
+    buffer = run.rollout()
+    run.env.close()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status_mb("VmRSS")
+    run.learner.update(buffer)
+    peak = status_mb("VmHWM")
+    return {
+        "minibatch": minibatch,
+        "decisions": buffer.num_decisions,
+        "before, MB": before,
+        "peak, MB": peak,
+        "peak - before, MB": peak - before,
+    }
 
 
-def real_smolvla(config: TrainingConfig, folder: Path) -> ReinFlowVLA:
-    """A SmolVLA of the published size with random weights."""
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-
-    from policy_directory import quiet
-    from reinflow_smolvla import ReinFlowSmolVLA
-    from smolvla_tiny import identity_stats
-    from training_run import vla_settings
-
-    settings = published_smolvla(config, folder)
-    with quiet():
-        policy = SmolVLAPolicy(settings)
-    processors = make_pre_post_processors(settings, dataset_stats=identity_stats())
-    return ReinFlowSmolVLA(policy, *processors, **vla_settings(config))
+def update_row_in_child(minibatch: int) -> Row:
+    """`update_row` in a fresh process."""
+    command = [sys.executable, __file__, "--minibatch", str(minibatch)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Print the table."""
-    options = tyro.cli(MemoryBenchmark, description=__doc__)
-    config = replace(PRESETS[options.policy], prefix_cache="kv", num_threads=1)
-    torch.set_num_threads(1)
-    passes, process = trace_passes(config), psutil.Process()
-    before = process.memory_info().rss
-    with TemporaryDirectory() as folder:
-        if options.policy == "smolvla":
-            policy: Any = real_smolvla(config, Path(folder))
-        else:
-            policy = build_policy(config, "cpu")
-        rows = compare(config, policy, passes, options.rows)
-    gradients, peaks = sum(p.nbytes for p in policy.policy_parameters()), [row.planned for row in rows[2:]]
-    if options.policy == "smolvla":  # of a tiny policy the program's own noise is larger
-        measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        rows.append(
-            Comparison("process: peak RSS over the program's", rows[0].planned + gradients + max(peaks), measured)
-        )
-    print(f"program alone: {before / MIB:.0f} MiB RSS")
-    lines = [
-        [options.policy, r.name, f"{r.planned / MIB:.3f}", f"{r.measured / MIB:.3f}", f"{r.error:+.1%}"] for r in rows
-    ]
-    for line in lines:
-        print("  ".join(line))
-    if options.csv:
-        new = not Path(options.csv).exists()
-        with open(options.csv, "a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["policy", "what", "planned_mib", "measured_mib", "error"])
-            writer.writerows(lines)
+def resident_memory(config: TrainingConfig) -> list[float]:
+    """MB after every iteration of the loop of train_reinflow.train."""
+    samples = []
+    with TrainingRun.open(config) as run:
+        for iteration in run.iterations():
+            run.update(run.rollout())
+            if run.due(config.eval_interval, iteration):
+                run.evaluate()
+            run.log()
+            run.save_if_due()
+            samples.append(status_mb("VmRSS"))
+    return samples
+
+
+def flat_row(iterations: int) -> Row:
+    """Growth of a run of many small iterations: episodes of one chunk in two environments."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        config = small(
+            2, 2, chunks=1, num_episodes=2 * iterations, eval_interval=50, eval_episodes=2, save_interval=100,
+            report_episodes=0, wandb_enabled=False, output_dir=str(Path(directory) / "run"),
+        )  # fmt: skip
+        samples = np.array(resident_memory(config))
+    # Early iterations fill caches: the line starts later.
+    first = int(WARM_UP * iterations)
+    at = np.arange(first, iterations)
+    slope = float(np.polyfit(at, samples[first:], 1)[0])
+    return {
+        "iterations": iterations,
+        "after the first, MB": float(samples[0]),
+        f"after {first + 1}, MB": float(samples[first]),
+        "at the end, MB": float(samples[-1]),
+        "highest, MB": float(samples.max()),
+        "growth, MB per 100 iterations": 100 * slope,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--iterations", type=int, default=1000)
+    parser.add_argument("--minibatch", type=int, help="measure one update in this process and print it as JSON")
+    args = parser.parse_args(argv)
+    if not Path("/proc/self/clear_refs").exists():
+        raise SystemExit("memory.py reads /proc: run it on Linux")
+    if args.minibatch:
+        print(json.dumps(update_row(args.minibatch, DECISIONS // 3)))
+        return
+    counts: tuple[int, ...] = (1, 2, 3)
+    if args.quick:
+        args.iterations, counts = 3, (1,)
+    args.repeats = 1  # sizes do not scatter
+    report([buffer_row(count, 2 if args.quick else 8) for count in counts], args, "tensor bytes", "buffer")
+    updates = [update_row(6, 2)] if args.quick else [update_row_in_child(size) for size in MINIBATCHES]
+    report(updates, args, "1 torch thread", "update")
+    report([flat_row(args.iterations)], args, "2 environments, episodes of one chunk", "flat")
 
 
 if __name__ == "__main__":

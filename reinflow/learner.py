@@ -93,7 +93,7 @@ def make_policy_optimizer(policy: FlowPolicy, settings: LearnerSettings) -> torc
     if settings.policy_optimizer == "natural":
         module = cast(torch.nn.Module, policy)
         return NaturalGradient(module, parameters, settings.natural_damping, settings.natural_momentum)
-    return torch.optim.Adam(parameters, lr=settings.policy_lr, eps=1e-5)
+    return torch.optim.Adam(parameters, lr=settings.policy_lr, eps=1e-5, fused=True)
 
 
 class PPOLearner:
@@ -105,7 +105,7 @@ class PPOLearner:
         self.policy_optimizer = make_policy_optimizer(policy, settings)
         # A group may be empty (no critic), the list of groups may not.
         critic = [{"params": policy.critic_parameters()}]
-        self.critic_optimizer = torch.optim.Adam(critic, lr=settings.critic_lr, eps=1e-5)
+        self.critic_optimizer = torch.optim.Adam(critic, lr=settings.critic_lr, eps=1e-5, fused=True)
         self.starting_policy = self._snapshot() if settings.anchor_coeff > 0 else None
         self.generator = torch.Generator().manual_seed(seed)  # shuffling; on the CPU for every device
         self.lr_scale = 1.0  # halved by a step that had to be undone, recovers while KL stays below half of its target

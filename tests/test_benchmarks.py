@@ -1,14 +1,21 @@
 """Every benchmark still runs; what it measures is not tested."""
 
+import csv
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mujoco.batch import Batch
+
+from so101_scene import PickScene
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def run(script: str, *flags: str) -> str:
@@ -17,6 +24,23 @@ def run(script: str, *flags: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def quick(name: str, tmp_path: Path) -> dict[str, list[dict[str, str]]]:
+    """A benchmark's CSV files by the name of the table ("" for the main one), run here: torch is imported once."""
+    importlib.import_module(name).main(["--quick", "--csv", str(tmp_path / "table.csv")])
+    tables = {}
+    for path in tmp_path.glob("table*.csv"):
+        with path.open() as file:
+            tables[path.stem.removeprefix("table").removeprefix("_")] = list(csv.DictReader(file))
+    return tables
+
+
+def numbers(row: dict[str, str], unit: str) -> list[float]:
+    """The columns that end in `unit`; empty cells are left out."""
+    values = [float(value) for name, value in row.items() if name.endswith(unit) and value]
+    assert values, (unit, row)
+    return values
 
 
 def test_kl_scaling(tmp_path):
@@ -37,10 +61,109 @@ def test_plot_runs_reads_recorded_metrics(tmp_path):
     assert rows[-1].split(",")[1] == f"{lines[-1]['progress/episodes']:.5g}"
 
 
-def test_memory_compares_plan_and_process(tmp_path):
-    out = run("memory.py", "--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
+def test_memory_plan_compares_plan_and_process(tmp_path):
+    out = run("memory_plan.py", "--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
     assert "forward and backward, 2 decisions" in out
     assert len((tmp_path / "memory.csv").read_text().splitlines()) == 5
+
+
+def test_physics_compares_the_same_work(tmp_path):
+    (row,) = quick("physics", tmp_path)[""]
+    assert (row["envs"], row["threads"]) == ("2", "1")
+    rates = numbers(row, "substeps/s")
+    assert len(rates) == 4 and min(rates) > 0
+    # One pass, so both are the same measurement.
+    ours, batch = float(row["ours, substeps/s"]), float(row["mujoco.batch, substeps/s"])
+    assert float(row["ours / batch"]) == pytest.approx(ours / batch)
+
+
+def test_physics_variants_end_in_the_same_state():
+    physics = importlib.import_module("physics")
+    config = physics.tiny_env()
+    work = physics.expert_work(config, 2, 2)
+    scene = PickScene(config)
+    batch = Batch(scene.model, 2, nthread=1)
+    physics.batch_alone(batch, scene, physics.Work(work.states[:1], work.actions[:1]))()
+    np.testing.assert_array_equal(batch.state, work.states[1]["integration"])
+
+
+def test_rendering(tmp_path):
+    tables = quick("rendering", tmp_path)
+    (row,), (split,) = tables[""], tables["split"]
+    assert len(numbers(row, ", ms")) == 4
+    assert min(numbers(row, ", ms")) > 0
+    assert float(split["mjr_readPixels, ms"]) > 0
+
+
+def test_rollout_parts_add_up(tmp_path):
+    tables = quick("rollout", tmp_path)
+    assert [row["form"] for row in tables[""]] == ["sequential", "batched"]
+    for row, policy in zip(tables[""], tables["policy"], strict=True):
+        total = 1e3 / float(row["episodes/s"])
+        assert sum(numbers(row, ", ms")) == pytest.approx(total, rel=1e-6)
+        assert sum(numbers(policy, ", ms")) == pytest.approx(float(row["policy, ms"]), rel=1e-6)
+
+
+def test_update(tmp_path):
+    rows = quick("update", tmp_path)[""]
+    assert {(row["K"], row["executed"]) for row in rows} == {("1", "50"), ("1", "10"), ("4", "50"), ("4", "10")}
+    assert all(float(row["naive / this"]) == 1 for row in rows if row["update"] == "naive")
+    encode = {row["update"]: float(row["encode"]) for row in rows if (row["K"], row["executed"]) == ("1", "50")}
+    assert encode["cached"] < encode["embeddings"]
+    assert encode["cached"] < encode["naive"]
+
+
+def test_limit_counts_what_a_product_needs(tmp_path):
+    limit, torch = importlib.import_module("limit"), importlib.import_module("torch")
+    assert limit.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
+    tables = quick("limit", tmp_path)
+    assert {row["product"] for row in tables["peak"]} == {"large", "expert layer"}
+    for row in tables[""]:
+        assert 0 < float(row["needed, GFLOP"]) < float(row["done, GFLOP"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory(tmp_path):
+    tables = quick("memory", tmp_path)
+    (buffer,), (update,), (flat,) = tables["buffer"], tables["update"], tables["flat"]
+    named = sum(int(buffer[name]) for name in ("context kv", "chain", "the rest"))
+    assert 0 < named <= int(buffer["bytes a decision"])
+    assert float(update["peak, MB"]) >= float(update["before, MB"]) > 0
+    assert flat["iterations"] == "3"
+    assert float(flat["highest, MB"]) >= float(flat["at the end, MB"]) > 0
+
+
+def test_end_to_end(tmp_path):
+    tables = quick("end_to_end", tmp_path)
+    seconds = {row["what"]: float(row["seconds"]) for row in tables["startup"]}
+    assert min(seconds.values()) > 0
+    parts = ("--preset tiny: ready", "report before", "first iteration")
+    assert seconds["the same with the report"] == pytest.approx(sum(seconds[name] for name in parts))
+    assert sum(float(row["share"]) for row in tables["phases"][:-1]) == pytest.approx(1.0)
+
+
+def test_times_of_a_round_make_the_ratio():
+    common = importlib.import_module("_common")
+    assert common.speed_ratio({"fast": [1.0, 2.0, 1.0], "slow": [2.0, 6.0, 4.0]}, "fast", "slow") == 3.0
+    order = []
+
+    def variant(name):
+        return lambda: order.append(name) or 0.5
+
+    times = common.interleaved({"a": variant("a"), "b": variant("b")}, repeats=2)
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert times == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
+
+
+def test_gpu_script_says_what_is_missing():
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    env = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert done.returncode != 0
+    assert "sees no CUDA device" in done.stderr
 
 
 @pytest.mark.slow

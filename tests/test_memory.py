@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.memory import allocated_peak, compare
+from benchmarks.memory_plan import allocated_peak, compare
 from memory_trace import Linear, MemoryTrace, PassBytes, trace_passes
 from policy_directory import PolicyDirectoryError
 from reinflow_memory import GIB, MemoryConfig, advice, fits, make_plan, parse_args, run, sweep_table, traced

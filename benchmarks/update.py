@@ -1,0 +1,190 @@
+"""One PPO update of the policy: what the prefix cache and executing fewer tokens save.
+
+    python benchmarks/update.py [--quick] [--csv FILE]
+    python benchmarks/update.py --size real --minibatch 4 --decisions 4 --repeats 2     SmolVLA's 450 M, random weights
+    python benchmarks/update.py --device cuda --size real --csv notes/results/gpu_update.csv
+
+Seconds of an update (256 decisions, 5 epochs; --decisions and --epochs are measured, then scaled up linearly), split
+into encode (getting the prefix back from the buffer), forward (the action expert), backward, optimiser (Adam over the
+whole expert). `cached` keeps keys and values and runs the executed tokens alone. `naive` keeps the images, runs vision
+tower and language model for every minibatch, and all 50 tokens: what a trainer does that knows no cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from _common import Row, interleaved, make_parser, print_bar, report, speed_ratio, timed
+from torch import Tensor
+
+from prefix_cache import GIB, Keep, PrefixCache
+from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
+from reinflow.policy import Context
+from reinflow_smolvla import ReinFlowSmolVLA
+from reinflow_vla import TrainableGroups
+from so101_mujoco_utils import model_dir
+
+CHUNK = 50
+DECISIONS, EPOCHS = 256, 5  # of the update that is reported
+REAL_GIB = 16.0
+PARTS = ("encode", "forward", "backward", "optimiser")
+BARS = {("tiny", 1, 50): 1.5, ("tiny", 1, 10): 4.0, ("real", 1, 50): 8.0, ("real", 4, 10): 10.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to do the update."""
+
+    keep: Keep
+    tokens: int  # computed; at least the executed ones
+    steps: int  # K
+
+
+@dataclasses.dataclass
+class Rollout:
+    """What an update reads of a rollout."""
+
+    context: Context
+    chain: Tensor
+
+
+def build(size: str, device: str, directory: Path) -> ReinFlowSmolVLA:
+    """The embedded policy, or one of SmolVLA's real size with random weights, bf16 but for what learns."""
+    if size == "real":
+        from _real_size import write_real_smolvla
+
+        write_real_smolvla(directory)
+    return ReinFlowSmolVLA.from_pretrained(
+        directory if size == "real" else model_dir() / "tiny_smolvla", device, num_denoising_steps=1,
+        n_action_steps=CHUNK, sigma_min=0.1, sigma_max=0.1, groups=TrainableGroups(True, True, True, True, True),
+        critic_hidden_size=512,
+    )  # fmt: skip
+
+
+def observe(policy: ReinFlowSmolVLA, decisions: int, image_size: int) -> dict[str, Any]:
+    """Random images and joints: their content does not change the cost."""
+    rng, shape = np.random.default_rng(0), (decisions, image_size, image_size, 3)
+    return {
+        "pixels": {name: rng.integers(0, 255, shape, dtype=np.uint8) for name in policy.cameras},
+        "agent_pos": rng.normal(0, 1, (decisions, policy.action_dim)).astype(np.float32),
+        "task": ["pick up the block"] * decisions,
+    }
+
+
+def roll_out(policy: ReinFlowSmolVLA, variant: Variant, batch: dict[str, Any]) -> Rollout:
+    """Decide once on every row of the preprocessed ``batch``."""
+    configure(policy, variant)
+    context = policy.encode(batch)
+    rows = len(context["pad"])
+    noise = torch.randn(rows, variant.tokens, policy.padded_action_dim, device=context["pad"].device)
+    return Rollout(policy.to_buffer(context), sample_chain(policy, context, spec(variant), noise).chain)
+
+
+def spec(variant: Variant) -> ChainSpec:
+    """The chain of a variant; one ratio per control step."""
+    return ChainSpec(variant.steps, "action")
+
+
+def configure(policy: ReinFlowSmolVLA, variant: Variant) -> None:
+    """Let the policy act and update as ``variant``."""
+    policy.prefix_cache, policy.n_action_steps = PrefixCache(variant.keep), variant.tokens
+
+
+def update(
+    policy: ReinFlowSmolVLA, variant: Variant, rollout: Rollout, optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace, split: dict[str, list[float]],
+) -> float:  # fmt: skip
+    """Seconds of ``args.epochs`` passes in minibatches; adds what each part took to ``split``."""
+    configure(policy, variant)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    results: dict[str, Any] = {}
+
+    def measure(part: str, work: Callable[[], Any]) -> None:
+        def call() -> None:
+            results[part] = work()
+
+        seconds[part] += timed(call, args.device)
+
+    for _ in range(args.epochs):
+        for rows in torch.arange(len(rollout.chain)).split(args.minibatch):
+            part = {name: tensor[rows] for name, tensor in rollout.context.items()}
+            optimizer.zero_grad(set_to_none=True)
+            measure("encode", lambda part=part: policy.from_buffer(part))
+            measure("forward", lambda rows=rows: chain_log_prob(
+                policy, results["encode"], rollout.chain[rows], spec(variant)
+            ).log_prob.mean())  # fmt: skip
+            measure("backward", lambda: results["forward"].backward())  # noqa: PLW0108, forward is not there yet
+            measure("optimiser", optimizer.step)
+    for part_name in PARTS:
+        split[part_name].append(seconds[part_name])
+    return sum(seconds.values())
+
+
+def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, executed: int) -> list[Row]:
+    """Rows of the table for K ``steps`` and ``executed`` actions: cached, embeddings, naive."""
+    variants = {
+        "cached": Variant("kv", executed, steps),
+        "embeddings": Variant("embeddings", executed, steps),
+        "naive": Variant("none", CHUNK, steps),
+    }
+    image_size = policy.vla.config.resize_imgs_with_padding[0]
+    batch = policy.preprocess(observe(policy, args.decisions, image_size))
+    rollouts = {name: roll_out(policy, variant, batch) for name, variant in variants.items()}
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=0.0, fused=True)
+    split: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in variants}
+
+    def work(name: str) -> Callable[[], float]:
+        return lambda: update(policy, variants[name], rollouts[name], optimizer, args, split[name])
+
+    times = interleaved({name: work(name) for name in variants}, args.repeats, warmups=0 if args.quick else 1)
+    scale = (DECISIONS / args.decisions) * (EPOCHS / args.epochs)
+    rows: list[Row] = []
+    for name in variants:
+        parts = {part: float(np.median(split[name][part][-args.repeats :])) * scale for part in PARTS}
+        rows.append({
+            "K": steps, "executed": executed, "update": name, "seconds": sum(parts.values()), **parts,
+            "naive / this": speed_ratio(times, name, "naive"),
+        })  # fmt: skip
+    if not args.quick and (args.size, steps, executed) in BARS:
+        label = f"{args.size}, K = {steps}, {executed} executed, cached against naive:"
+        print_bar(label, rows[0]["naive / this"], BARS[args.size, steps, executed])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--size", choices=("tiny", "real"), default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 is its own choice")
+    parser.add_argument("--decisions", type=int, default=DECISIONS, help="measured, then scaled to 256")
+    parser.add_argument("--epochs", type=int, default=1, help="measured, then scaled to 5")
+    parser.add_argument("--minibatch", type=int, default=64)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.decisions, args.minibatch, args.repeats = 4, 4, 1
+    if args.size == "real" and psutil.virtual_memory().available < REAL_GIB * GIB:
+        print(f"skipped: the real size needs {REAL_GIB:.0f} GiB of free memory")
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = [(1, CHUNK), (1, 10), (4, CHUNK), (4, 10)]
+    if args.size == "real" and args.device == "cpu":
+        cases = [(1, CHUNK), (4, 10)]
+    with tempfile.TemporaryDirectory() as directory:
+        policy = build(args.size, args.device, Path(directory) / "policy")
+        rows = [row for steps, executed in cases for row in compare(policy, args, steps, executed)]
+    threads = f"{args.size} SmolVLA, {len(policy.cameras)} cameras, {torch.get_num_threads()} threads"
+    report(rows, args, f"{threads}, {args.decisions} decisions in minibatches of {args.minibatch} measured")
+
+
+if __name__ == "__main__":
+    main()
