@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_CONTEXT = 0.9 * GIB  # driver context, kernels and cuBLAS work space; not measured here
 FRAGMENTATION = 1.05  # of PyTorch's caching allocator; not measured here
-PROGRAM = 1.2 * GIB  # Python with torch, LeRobot and MuJoCo; measured, see notes/results/README.md
+CPU_FRAGMENTATION = 1.15  # of the C library's; one measurement at the real size, notes/results/README.md
+PROGRAM = 0.8 * GIB  # resident: Python with torch, LeRobot and MuJoCo
 KL_SAMPLE = {"adam": 128, "natural": 256}  # decisions that reinflow/learner.py copies to measure the KL on
 SWEEP_ENVS, SWEEP_MINIBATCH = (1, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
 
@@ -145,7 +146,7 @@ def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool, ba
     ]
     if not cuda:
         device.append(Row("program", PROGRAM, PROGRAM))
-        return Plan(tuple(device), (), keep, offload)
+        return Plan(tuple(device), (), keep, offload, CPU_FRAGMENTATION)
     device.append(Row("CUDA context", CUDA_CONTEXT, CUDA_CONTEXT))
     # All weights are built on the CPU in fp32 before they move; then the memory is free for the offloaded cache.
     building = 4 * passes.scalars
