@@ -24,4 +24,5 @@ def write_real_smolvla(directory: Path, cameras: tuple[str, ...] = CAMERA_NAMES)
     with quiet():
         policy = SmolVLAPolicy(smolvla)
     policy.model.vlm_with_expert.to(torch.bfloat16)
-    export_policy(policy, *make_pre_post_processors(smolvla, dataset_stats=identity_stats()), directory)
+    preprocessor, postprocessor = make_pre_post_processors(smolvla, dataset_stats=identity_stats())
+    export_policy(policy, preprocessor, postprocessor, directory)
