@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_CONTEXT = 0.9 * GIB  # driver context, kernels and cuBLAS work space; not measured here
 FRAGMENTATION = 1.05  # of PyTorch's caching allocator; not measured here
-CPU_FRAGMENTATION = 1.15  # of the C library's; one measurement at the real size, notes/results/README.md
+CPU_FRAGMENTATION = 1.3  # of the C library's; between two measurements, 1.18 and 1.41 (notes/results/README.md)
 PROGRAM = 0.8 * GIB  # resident: Python with torch, LeRobot and MuJoCo
 KL_SAMPLE = {"adam": 128, "natural": 256}  # decisions that reinflow/learner.py copies to measure the KL on
 SWEEP_ENVS, SWEEP_MINIBATCH = (1, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
