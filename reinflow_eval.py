@@ -3,8 +3,8 @@
     reinflow-eval --policy-path model/tiny_smolvla --episodes 200 --seed 10000 --output-dir outputs/eval
 
 Works on a run directory or a checkpoint of train_reinflow.py (its best checkpoint, else its last) and on any stock
-LeRobot policy directory whose cameras and joints match. A SmolVLA and a flow_mlp (the small MLP on simulator state) go
-through the same policy object as in training.
+LeRobot policy directory whose cameras and joints match. A SmolVLA, a Pi0 or Pi0.5 and a flow_mlp (the small MLP on
+simulator state) go through the same policy object as in training.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from so101_gym_env import EnvConfig
 
 if TYPE_CHECKING:
     from reinflow.evaluate import EvalResult
+    from reinflow_vla import ReinFlowVLA
     from so101_vector_env import ChunkVectorEnv
 
-EMBEDDED = {"tiny": "tiny_smolvla", "flow_mlp": "flow_mlp"}
+EMBEDDED = {"tiny": "tiny_smolvla", "tiny-pi0": "tiny_pi0", "flow_mlp": "flow_mlp"}
 VIDEO_INTERVAL = 2  # control steps per frame: 25 frames a second
 
 
@@ -35,7 +36,7 @@ class EvalConfig:
     """Evaluate a policy noise-free on fixed seeds."""
 
     policy_path: str
-    """Run directory, checkpoint, or policy directory; "tiny" and "flow_mlp" name the embedded policies."""
+    """Run directory, checkpoint, or policy directory; "tiny", "tiny-pi0" and "flow_mlp" name the embedded policies."""
     output_dir: str
     """Where eval_info.json (LeRobot's shape) and the video go; refused if it holds an evaluation."""
     episodes: int = 200
@@ -56,6 +57,8 @@ class EvalConfig:
     """Episodes in the video."""
     device: str = "cpu"
     """Where the policy runs."""
+    pi0_tokenizer_path: str = ""
+    """Folder with PaliGemma's tokenizer, for a Pi0 whose stored tokenizer cannot be had."""
     env: EnvConfig = field(default_factory=EnvConfig)
     """The environment; defaults come from reinflow.json beside the policy, if there is one."""
 
@@ -109,22 +112,34 @@ def stored_env(policy_dir: Path) -> EnvConfig:
     return EnvConfig(cameras=tuple(images), image_size=next(iter(images.values()))[-1])
 
 
-def smolvla_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, Any]], np.ndarray]:
+def vla_family(kind: str) -> type[ReinFlowVLA]:
+    """The adapter of a LeRobot policy type."""
+    if kind == "smolvla":
+        from reinflow_smolvla import ReinFlowSmolVLA
+
+        return ReinFlowSmolVLA
+    from pi0_adapter import ReinFlowPi0
+
+    return ReinFlowPi0
+
+
+def vla_actor(config: EvalConfig, policy_dir: Path) -> Callable[[dict[str, Any]], np.ndarray]:
     """The acting policy of training with zero noise, which is LeRobot's own sampler."""
     import torch
 
     from reinflow.flow import ChainSpec
     from reinflow.rollout import noise_free_actor
-    from reinflow_smolvla import ReinFlowSmolVLA
     from reinflow_vla import TrainableGroups
 
     stored = json.loads((policy_dir / "config.json").read_text())
-    steps = config.num_denoising_steps or stored["num_steps"]
-    policy = ReinFlowSmolVLA.from_pretrained(
+    family = vla_family(stored["type"])
+    steps = config.num_denoising_steps or stored[family.num_steps_field]
+    options = {"tokenizer": config.pi0_tokenizer_path} if config.pi0_tokenizer_path else {}
+    policy = family.from_pretrained(
         policy_dir, config.device, num_denoising_steps=steps,
         n_action_steps=config.n_action_steps or stored["n_action_steps"],
         sigma_min=0.1, sigma_max=0.1, groups=TrainableGroups(False, False, False, False, False),
-        critic_hidden_size=8,
+        critic_hidden_size=8, **options,
     )  # fmt: skip
     torch.manual_seed(config.seed)
     return noise_free_actor(policy, ChainSpec(steps), config.seed, config.device)
@@ -180,7 +195,10 @@ def run_eval(config: EvalConfig) -> EvalResult:
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     kind = json.loads((policy_dir / "config.json").read_text())["type"]
-    make_actor = {"smolvla": smolvla_actor, "flow_mlp": flow_mlp_actor}.get(kind, stock_actor)
+    if config.pi0_tokenizer_path and kind not in ("pi0", "pi05"):
+        raise EvalError(f"pi0_tokenizer_path={config.pi0_tokenizer_path} is not read by a {kind} policy: leave it out")
+    vla = dict.fromkeys(("smolvla", "pi0", "pi05"), vla_actor)
+    make_actor = (vla | {"flow_mlp": flow_mlp_actor}).get(kind, stock_actor)
     env = make_vector_env(config.env, min(config.num_parallel_envs, config.episodes), autoreset=False)
     try:
         with torch.inference_mode():

@@ -66,8 +66,8 @@ class ReinFlowSmolVLA(ReinFlowVLA):
             use_cache=True,
         )
         # The state token is the only one with attention mask 1: it alone sees images, language and state.
-        state_token = int(prefix.attention[0].int().argmax())
-        return cache, hidden[:, state_token].float()
+        state_token = prefix.attention[0].int().argmax()  # stays on the device: reading it out would wait for it
+        return cache, hidden.index_select(1, state_token[None])[:, 0].float()
 
     @contextmanager
     def _only_executed_tokens(self) -> Iterator[None]:

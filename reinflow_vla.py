@@ -182,7 +182,8 @@ class ReinFlowVLA(nn.Module, ABC):
     @property
     def cameras(self) -> tuple[str, ...]:
         """Names of the cameras that the policy looks through."""
-        return tuple(key.removeprefix(OBS_IMAGES_PREFIX) for key in self.vla.config.image_features)
+        names = (key.removeprefix(OBS_IMAGES_PREFIX) for key in self.vla.config.image_features)
+        return tuple(name for name in names if not name.startswith("empty_camera_"))  # the library fills those in
 
     def preprocess(self, observation: Observation) -> dict[str, Any]:
         """Environment observation (uint8 images, joint values in the policy's units) -> normalised, tokenised batch."""

@@ -357,7 +357,8 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     from lerobot.policies.factory import make_pre_post_processors
     from rich.progress import track
 
-    from smolvla_tiny import export_policy, identity_stats, load_smolvla, refuse_existing, write_json
+    from policy_directory import refuse_existing, write_json
+    from smolvla_tiny import export_policy, identity_stats, load_smolvla
 
     refuse_existing(config.output_dir)
     policy, preprocessor, _ = load_smolvla(config.policy_dir)

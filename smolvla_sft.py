@@ -292,7 +292,8 @@ def finetune(config: SftConfig) -> dict[str, Any]:
     import torch
     from rich.progress import track
 
-    from smolvla_tiny import load_smolvla, refuse_existing, write_json
+    from policy_directory import refuse_existing, write_json
+    from smolvla_tiny import load_smolvla
 
     refuse_existing(config.output_dir)
     started = time.perf_counter()
@@ -459,7 +460,8 @@ def save(
     record: dict[str, Any],
 ) -> None:
     """Write checkpoints/<step>/ with its environment (reinflow.json) and append the record to metrics.jsonl."""
-    from smolvla_tiny import export_policy, write_json
+    from policy_directory import write_json
+    from smolvla_tiny import export_policy
 
     directory = config.output_dir / "checkpoints" / f"{record['step']:06d}"
     export_policy(policy, preprocessor, postprocessor, directory)

@@ -3,11 +3,9 @@
 LeRobot's own `SmolVLAPolicy` class with a SmolVLM of about a million parameters, a byte-level tokenizer and a
 processor built here, so that every stage of the project runs on a 2-core CPU without the hub.
 
-A policy directory is LeRobot's stock one (config.json, model.safetensors, policy_preprocessor.json,
-policy_postprocessor.json with their safetensors) plus `vlm/`, the tokenizer and the SmolVLM configuration.
-LeRobot stores the place of that folder as an absolute path, which breaks when the directory moves. Ours store
-the reference "./vlm"; `load_smolvla` resolves it against the directory itself, and `reinflow-materialize`
-writes a copy with absolute paths for programs that know only LeRobot.
+A policy directory (policy_directory.py) holds `vlm/` besides the stock files: the tokenizer and the SmolVLM
+configuration, referred to as "./vlm". `load_smolvla` resolves that, and `reinflow-materialize` writes a copy with
+absolute paths for programs that know only LeRobot.
 
     reinflow-build-tiny --output-dir runs/tiny/base            # random weights, seconds
     reinflow-pretrain --policy-dir runs/tiny/base --output-dir runs/tiny/perception
@@ -16,15 +14,27 @@ writes a copy with absolute paths for programs that know only LeRobot.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinflow import UserError, run_command
+from policy_directory import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PolicyDirectoryError,
+    load_processors,
+    locate_policy,
+    quiet,
+    read_json,
+    refuse_existing,
+    resolve_folder,
+    save_policy,
+    store_tokenizer,
+    stored_tokenizer,
+    write_json,
+)
+from reinflow import run_command
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -32,17 +42,8 @@ if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fas
 
 VLM_FOLDER = "vlm"
 VLM_REFERENCE = f"./{VLM_FOLDER}"  # "./" keeps it from ever being read as a hub repository's name
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-PREPROCESSOR_FILE = "policy_preprocessor.json"
-POSTPROCESSOR_FILE = "policy_postprocessor.json"
-POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
 TINY_CAMERAS = ("camera_up", "wrist_camera")
 NUM_JOINTS = 6
-
-
-class PolicyDirectoryError(UserError, RuntimeError):
-    """A policy directory cannot be read or written; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,18 @@ class MaterializeConfig:
 # ---------------------------------------------------------------------------------------- building
 
 
-def build_vlm_folder(folder: Path, config: TinyConfig) -> None:
-    """Write tokenizer, image processor and SmolVLM configuration (no weights) into `folder`."""
+def byte_tokenizer() -> Any:
+    """A tokenizer of one token per byte: any instruction can be written, nothing has to be learnt or downloaded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers import PreTrainedTokenizerFast
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>"]
     specials += ["<global-img>", "<end_of_utterance>"]
-    # One token per byte: any instruction can be written, nothing has to be learnt or downloaded.
     vocab = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
         eos_token="<end_of_utterance>",
@@ -113,6 +113,13 @@ def build_vlm_folder(folder: Path, config: TinyConfig) -> None:
             "end_of_utterance_token": "<end_of_utterance>",
         },
     )
+
+
+def build_vlm_folder(folder: Path, config: TinyConfig) -> None:
+    """Write tokenizer, image processor and SmolVLM configuration (no weights) into `folder`."""
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    fast = byte_tokenizer()
     edge = {"longest_edge": config.image_size}
     sampling = {"fps": 1, "max_frames": 4, "video_size": edge}
     processor = SmolVLMProcessor(
@@ -176,7 +183,6 @@ def build_policy(config: TinyConfig) -> None:
         PolicyDirectoryError: the output directory exists, or the sizes do not divide.
     """
     import torch
-    from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -189,12 +195,10 @@ def build_policy(config: TinyConfig) -> None:
         )
     folder = config.output_dir / VLM_FOLDER
     build_vlm_folder(folder, config)
-    shape = (3, config.image_size, config.image_size)
-    features = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in TINY_CAMERAS}
-    features["observation.state"] = PolicyFeature(FeatureType.STATE, (NUM_JOINTS,))
+    inputs, outputs = tiny_features(config.image_size)
     smolvla_config = SmolVLAConfig(
-        input_features=features,
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (NUM_JOINTS,))},
+        input_features=inputs,
+        output_features=outputs,
         device="cpu",
         vlm_model_name=str(folder.resolve()),
         load_vlm_weights=False,
@@ -216,6 +220,16 @@ def build_policy(config: TinyConfig) -> None:
     copy_noised_action(policy.model)
     preprocessor, postprocessor = make_pre_post_processors(smolvla_config, dataset_stats=identity_stats())
     export_policy(policy, preprocessor, postprocessor, config.output_dir)
+
+
+def tiny_features(image_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Input and output features of a tiny policy, as LeRobot's configs want them."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    image = PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))
+    inputs = {f"observation.images.{name}": image for name in TINY_CAMERAS}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (NUM_JOINTS,))
+    return inputs, {"action": PolicyFeature(FeatureType.ACTION, (NUM_JOINTS,))}
 
 
 def copy_noised_action(flow: Any, amplitude: float = 0.3) -> None:
@@ -272,89 +286,6 @@ def identity_stats() -> dict[str, dict[str, Any]]:
 # ---------------------------------------------------------------------------------- loading, writing
 
 
-def refuse_existing(directory: Path) -> None:
-    """Raise PolicyDirectoryError if something is already there."""
-    if directory.exists():
-        raise PolicyDirectoryError(f"{directory} exists: choose another output directory or remove it first")
-
-
-@contextlib.contextmanager
-def quiet():
-    """LeRobot prints to stdout while it builds a SmolVLA; keep that out of progress output."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def locate_policy(reference: str | Path) -> Path:
-    """Directory of a policy: a local directory, or a hub repository `owner/name` (downloaded or from the cache).
-
-    Raises:
-        PolicyDirectoryError: neither is there; or files are missing in the directory.
-    """
-    directory = Path(reference)
-    if not directory.is_dir():
-        directory = download_policy(str(reference))
-    missing = [name for name in POLICY_FILES if not (directory / name).is_file()]
-    if missing:
-        raise PolicyDirectoryError(
-            f"{directory} lacks {', '.join(missing)}: a policy directory as LeRobot's save_pretrained writes it "
-            "is needed, processors included (for a checkpoint, name its pretrained_model folder)"
-        )
-    return directory.resolve()
-
-
-def download_policy(repo_id: str) -> Path:
-    """Local snapshot of a hub repository; raises PolicyDirectoryError with the remedy."""
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
-        raise PolicyDirectoryError(f"{repo_id}: no such directory, and not a hub repository of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id))
-    except Exception as error:  # the hub client raises many types; all of them mean: not to be had
-        raise PolicyDirectoryError(
-            f"{repo_id} is no local directory and could not be taken from the Hugging Face hub or its cache "
-            f"({type(error).__name__}: {error}). Go online (unset HF_HUB_OFFLINE), download it before with "
-            f"`hf download {repo_id}`, or name a local policy directory"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """JSON object in a file; PolicyDirectoryError names the file when it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PolicyDirectoryError(f"{path} cannot be read as JSON ({error}): restore or re-export it") from error
-    if not isinstance(content, dict):
-        raise PolicyDirectoryError(f"{path} holds no JSON object: restore or re-export it")
-    return content
-
-
-def resolve_vlm(directory: Path, reference: str) -> str:
-    """Turn the stored place of the tokenizer and VLM configuration into one that loads from anywhere.
-
-    A path relative to the policy directory wins; an absolute path must exist; `owner/name` is left to the hub.
-    """
-    inside = directory / reference
-    if inside.is_dir():
-        return str(inside.resolve())
-    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
-    if looks_local and not Path(reference).is_dir():
-        raise PolicyDirectoryError(
-            f"{directory / CONFIG_FILE} or {PREPROCESSOR_FILE} names the VLM folder {reference!r}, which does not "
-            f"exist: put that folder into the policy directory and write its relative path, such as {VLM_REFERENCE!r}"
-        )
-    return reference
-
-
-def tokenizer_reference(preprocessor: dict[str, Any], file: Path) -> str:
-    """Stored tokenizer name of a policy_preprocessor.json."""
-    for step in preprocessor.get("steps", []):
-        if step.get("registry_name") == "tokenizer_processor":
-            return str(step["config"]["tokenizer_name"])
-    raise PolicyDirectoryError(f"{file} has no tokenizer_processor step: is it a SmolVLA's? Re-export it with LeRobot")
-
-
 def load_smolvla(
     policy_dir: str | Path, device: str = "cpu", num_steps: int | None = None
 ) -> tuple[SmolVLAPolicy, PolicyProcessorPipeline, PolicyProcessorPipeline]:
@@ -372,17 +303,15 @@ def load_smolvla(
         PolicyDirectoryError: naming the file and the remedy.
     """
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     directory = locate_policy(policy_dir)
     stored = read_json(directory / CONFIG_FILE)
     if stored.get("type") != "smolvla":
         raise PolicyDirectoryError(f"{directory / CONFIG_FILE} is of type {stored.get('type')!r}, not 'smolvla'")
-    preprocessor_file = directory / PREPROCESSOR_FILE
-    tokenizer = resolve_vlm(directory, tokenizer_reference(read_json(preprocessor_file), preprocessor_file))
+    tokenizer = resolve_folder(directory, stored_tokenizer(directory))
     config = PreTrainedConfig.from_pretrained(directory, cli_overrides=[f"--device={device}"])
-    config.vlm_model_name = resolve_vlm(directory, config.vlm_model_name)
+    config.vlm_model_name = resolve_folder(directory, config.vlm_model_name)
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
     try:
@@ -392,15 +321,8 @@ def load_smolvla(
         raise PolicyDirectoryError(
             f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}. Take both from one export"
         ) from error
-    preprocessor, postprocessor = make_pre_post_processors(
-        config,
-        pretrained_path=str(directory),
-        preprocessor_overrides={
-            "device_processor": {"device": device},
-            "tokenizer_processor": {"tokenizer_name": tokenizer},
-        },
-    )
-    return policy, preprocessor, postprocessor
+    remedy = f"Download it before with `hf download {tokenizer}`, or put it into {directory} as {VLM_REFERENCE}"
+    return policy, *load_processors(directory, config, tokenizer, remedy)
 
 
 def export_policy(
@@ -413,12 +335,7 @@ def export_policy(
 
     A local VLM folder is copied in as `vlm/` and referred to as "./vlm"; a hub name stays as it is.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    policy.save_pretrained(directory)
-    preprocessor.save_pretrained(directory, config_filename=PREPROCESSOR_FILE)
-    postprocessor.save_pretrained(directory, config_filename=POSTPROCESSOR_FILE)
-    for file in directory.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes 0600, and a shared installation is read by others
+    save_policy(policy, preprocessor, postprocessor, directory)
     source = Path(policy.config.vlm_model_name)
     if source.is_dir():
         if source.resolve() != (directory / VLM_FOLDER).resolve():
@@ -428,38 +345,34 @@ def export_policy(
 
 def write_references(directory: Path, reference: str) -> None:
     """Write the place of the VLM folder into config.json and policy_preprocessor.json."""
-    config = read_json(directory / CONFIG_FILE)
-    config["vlm_model_name"] = reference
-    config["load_vlm_weights"] = False  # the folder holds no weights; model.safetensors holds them all
-    config["pretrained_path"] = None
-    write_json(directory / CONFIG_FILE, config)
-    preprocessor = read_json(directory / PREPROCESSOR_FILE)
-    for step in preprocessor["steps"]:
-        if step.get("registry_name") == "tokenizer_processor":
-            step["config"]["tokenizer_name"] = reference
-    write_json(directory / PREPROCESSOR_FILE, preprocessor)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    # The folder holds no weights; model.safetensors holds them all.
+    changes = {"vlm_model_name": reference, "load_vlm_weights": False, "pretrained_path": None}
+    write_json(directory / CONFIG_FILE, read_json(directory / CONFIG_FILE) | changes)
+    store_tokenizer(directory, reference)
 
 
 def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
-    """Copy a policy directory and write absolute VLM paths, so that stock LeRobot loads it from anywhere.
+    """Copy a SmolVLA or Pi0 directory and write absolute paths, so that stock LeRobot loads it from anywhere.
+
+    A Pi0 of other than the published sizes loads inside ``pi0_directory.reduced_sizes`` only.
 
     Returns:
         The absolute path of the copy. It must not be moved afterwards (materialise again instead).
     """
     source, target = locate_policy(policy_dir), Path(output_dir).resolve()
     refuse_existing(target)
-    vlm = Path(resolve_vlm(source, str(read_json(source / CONFIG_FILE)["vlm_model_name"])))
-    if not vlm.is_dir():
-        raise PolicyDirectoryError(f"{source} refers to the hub ({vlm}): LeRobot loads it as it is, nothing to do")
+    vlm_name = read_json(source / CONFIG_FILE).get("vlm_model_name")
+    folder = Path(resolve_folder(source, str(vlm_name or stored_tokenizer(source))))
+    if not folder.is_dir():
+        raise PolicyDirectoryError(f"{source} refers to the hub ({folder}): LeRobot loads it as it is, nothing to do")
     shutil.copytree(source, target)
-    if vlm != source / VLM_FOLDER:
-        shutil.copytree(vlm, target / VLM_FOLDER, dirs_exist_ok=True)
-    write_references(target, str(target / VLM_FOLDER))
+    inside = target / folder.name
+    if folder.parent != source:
+        shutil.copytree(folder, inside, dirs_exist_ok=True)
+    if vlm_name:
+        write_references(target, str(inside))
+    else:
+        store_tokenizer(target, str(inside))
     return target
 
 

@@ -3,6 +3,7 @@
     python train_reinflow.py --preset tiny          the embedded policy, a 2-core CPU, minutes
     python train_reinflow.py --preset flow_mlp      a small MLP on simulator state, to judge an algorithm change
     python train_reinflow.py --pretrained-path DIR  your own SmolVLA, seed defaults
+    python train_reinflow.py --preset tiny-pi0      a tiny Pi0 with random weights: it runs, it does not learn
     python train_reinflow.py --help                 every field
 
 This file holds the configuration (``TrainingConfig``, the one place of defaults) and the training loop. The loop's
@@ -29,16 +30,23 @@ class TrainingConfig:
     """Every setting of a training run. Names follow notes/hyperparameters.md, which gives the reasons at length."""
 
     # --- What is trained -------------------------------------------------------------------------------------------
-    preset: Literal["smolvla", "pi0", "tiny", "flow_mlp"] = "smolvla"
+    preset: Literal["smolvla", "pi0", "tiny", "tiny-pi0", "flow_mlp"] = "smolvla"
     """Which set of defaults the other flags start from; see PRESETS below this class."""
     model_type: Literal["smolvla", "pi0", "flow_mlp"] = "smolvla"
-    """Policy family. flow_mlp sees the simulator's state and no images; pi0 has its settings here, but no adapter."""
+    """Policy family. pi0 is Pi0 or Pi0.5, as the policy says; flow_mlp sees the simulator's state and no images."""
     pretrained_path: str = "lerobot/smolvla_base"
     """SmolVLA to start from: a policy directory or a hub id. "tiny" names the embedded policy."""
     pi0_pretrained_path: str = "lerobot/pi0"
-    """Pi0 to start from."""
+    """Pi0 or Pi0.5 to start from: a policy directory or a hub id. "tiny" names the embedded policy."""
+    pi0_tokenizer_path: str = ""
+    """Folder with PaliGemma's tokenizer, which is gated on the hub; empty takes the place stored with the policy."""
+    pi0_vlm_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of Pi0's frozen language model; vision tower and all that learns are fp32."""
     pi0_gradient_checkpointing: bool = True
-    """Recompute Pi0's activations in the backward pass, so that it fits in 24 GB."""
+    """Recompute the activations of Pi0's expert in the backward pass, so that it fits in 24 GB."""
+    peft_rank: int = 0
+    """R > 0 trains adapters of rank R (LoRA) beside the linear layers of Pi0's expert instead of the layers; exports
+    merge them."""
     flow_mlp_pretrained_path: str = "embedded"
     """State-based MLP to start from, a directory of reinflow-sft-mlp or a checkpoint's pretrained_model; "embedded"
     names the one that comes with the package."""
@@ -61,7 +69,7 @@ class TrainingConfig:
     # --- How much --------------------------------------------------------------------------------------------------
     num_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 20_000
     """Training episodes in all."""
-    num_parallel_envs: Annotated[int, tyro.conf.arg(aliases=["--parallel-envs"])] = 1
+    num_parallel_envs: Annotated[int, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
     episodes_per_iteration: int = 40
     """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""
@@ -299,6 +307,29 @@ PRESETS: dict[str, TrainingConfig] = {
         wandb_mode="offline",
     ),
 }
+# The task of "tiny" with a random Pi0: every stage of Pi0 in minutes on a 2-core CPU.
+PRESETS["tiny-pi0"] = replace(
+    PRESETS["tiny"],
+    preset="tiny-pi0",
+    model_type="pi0",
+    pretrained_path=TrainingConfig.pretrained_path,
+    pi0_pretrained_path="tiny",
+    pi0_vlm_dtype="float32",
+    num_episodes=64,
+    num_parallel_envs=8,
+    episodes_per_iteration=8,
+    minibatch_size=12,
+    gradient_accumulation_steps=2,
+    policy_optimizer="adam",
+    policy_lr=1e-4,
+    num_ppo_epochs=2,
+    num_critic_epochs=2,
+    critic_warmup_iters=0,
+    eval_interval=2,
+    eval_episodes=8,
+    report_episodes=8,
+    save_interval=16,
+)
 # The algorithm of "tiny" on its task, without pixels: what is learned about one should hold for the other.
 PRESETS["flow_mlp"] = replace(
     PRESETS["tiny"],

@@ -29,7 +29,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed", "target_kl", "value_clip_epsilon", "entropy_coeff", "anchor_coeff", "lr_warmup_iterations",
     "critic_warmup_iters", "eval_interval", "eval_seed", "report_episodes", "report_seed", "num_threads",
-    "start_noise_deg", "prefix_cache_gb",
+    "start_noise_deg", "prefix_cache_gb", "peft_rank",
 )  # fmt: skip
 FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio")
 
@@ -41,7 +41,9 @@ class ConfigError(UserError, ValueError):
 def check_config(config: TrainingConfig) -> None:
     """Raise one ConfigError that lists everything wrong with ``config``."""
     problems = [
-        problem for check in (_ranges, _contradictions, _seeds, _models, _flow_mlp, _files) for problem in check(config)
+        problem
+        for check in (_ranges, _contradictions, _seeds, _models, _flow_mlp, _pi0, _files)
+        for problem in check(config)
     ]
     if problems:
         raise ConfigError("; ".join(problems))
@@ -147,6 +149,29 @@ def _flow_mlp(c: TrainingConfig) -> Iterator[str]:
             f"train_time_mlp={c.train_time_mlp} but train_full_expert={c.train_full_expert}: a flow_mlp embeds flow "
             "time in its trunk, set both alike"
         )
+
+
+def _pi0(c: TrainingConfig) -> Iterator[str]:
+    """What Pi0 cannot do, and its fields beside another model_type."""
+    unset = {f.name: f.default for f in dataclasses.fields(c)}
+    if c.model_type != "pi0":
+        for name in ("pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank"):
+            if getattr(c, name) != unset[name]:
+                value = f"{name}={getattr(c, name)}"
+                yield f"{value} is not read with model_type={c.model_type}: use --preset pi0 or drop it"
+        return
+    if c.pretrained_path != unset["pretrained_path"]:
+        yield (
+            f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=pi0 does not read: name the policy "
+            "by pi0_pretrained_path"
+        )
+    if c.n_action_steps != c.chunk_size:
+        yield (
+            f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: Pi0's action tokens see each other "
+            "in both directions, so it executes all that it predicts; make them equal"
+        )
+    if c.peft_rank and not c.train_full_expert:
+        yield f"peft_rank={c.peft_rank} adapts the expert, which train_full_expert=False freezes: set one of them"
 
 
 def _files(c: TrainingConfig) -> Iterator[str]:

@@ -31,6 +31,7 @@ from training_checks import ConfigError, check_resumed, config_from_json, config
 from training_scale import auto_scale
 
 if TYPE_CHECKING:
+    from reinflow_vla import ReinFlowVLA
     from train_reinflow import TrainingConfig
 
 
@@ -93,12 +94,8 @@ def build_policy(config: TrainingConfig, device: str) -> FlowPolicy:
     """Load the policy to fine-tune.
 
     Raises:
-        ConfigError: model_type has no adapter, or the policy does not fit the config.
+        ConfigError: the policy does not fit the config.
     """
-    if config.model_type not in POLICY_BUILDERS:
-        raise ConfigError(
-            f"model_type={config.model_type} has no adapter yet: use model_type={' or '.join(POLICY_BUILDERS)}"
-        )
     torch.manual_seed(config.seed)  # initial weights of noise head and critic
     policy = POLICY_BUILDERS[config.model_type](config, device)
     if policy.chunk_size != config.chunk_size:
@@ -110,20 +107,43 @@ def build_policy(config: TrainingConfig, device: str) -> FlowPolicy:
 
 def _build_smolvla(config: TrainingConfig, device: str) -> FlowPolicy:
     from reinflow_smolvla import ReinFlowSmolVLA
+
+    return _build_vla(config, device, ReinFlowSmolVLA, "tiny_smolvla")
+
+
+def _build_pi0(config: TrainingConfig, device: str) -> FlowPolicy:
+    from pi0_adapter import ReinFlowPi0
+
+    options = pi0_options(config) | {"dtype": config.pi0_vlm_dtype, "tokenizer": config.pi0_tokenizer_path}
+    return _build_vla(config, device, ReinFlowPi0, "tiny_pi0", **options)
+
+
+def pi0_options(config: TrainingConfig) -> dict[str, Any]:
+    """What ReinFlowPi0's constructor takes beside ``vla_settings``."""
+    return {"gradient_checkpointing": config.pi0_gradient_checkpointing, "peft_rank": config.peft_rank}
+
+
+def vla_settings(config: TrainingConfig) -> dict[str, Any]:
+    """What ReinFlowVLA's constructor takes."""
     from reinflow_vla import TrainableGroups
 
-    path = str(model_dir() / "tiny_smolvla") if config.pretrained_path == "tiny" else config.pretrained_path
-    policy = ReinFlowSmolVLA.from_pretrained(
-        path,
-        device,
-        num_denoising_steps=config.num_denoising_steps,
-        n_action_steps=config.n_action_steps,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        groups=TrainableGroups(**matching_fields(config, TrainableGroups)),
-        critic_hidden_size=config.critic_hidden_size,
-        critic_state_dim=len(ENVIRONMENT_STATE_NAMES) if config.critic_input == "state" else 0,
-    )
+    return {
+        "num_denoising_steps": config.num_denoising_steps,
+        "n_action_steps": config.n_action_steps,
+        "sigma_min": config.sigma_min,
+        "sigma_max": config.sigma_max,
+        "groups": TrainableGroups(**matching_fields(config, TrainableGroups)),
+        "critic_hidden_size": config.critic_hidden_size,
+        "critic_state_dim": len(ENVIRONMENT_STATE_NAMES) if config.critic_input == "state" else 0,
+    }
+
+
+def _build_vla(
+    config: TrainingConfig, device: str, family: type[ReinFlowVLA], embedded: str, **options: Any
+) -> FlowPolicy:
+    """A vision-language-action policy; ``embedded`` is the directory that the path "tiny" names."""
+    path = str(model_dir() / embedded) if config.policy_path == "tiny" else config.policy_path
+    policy = family.from_pretrained(path, device, **vla_settings(config), **options)
     absent = [name for name in policy.cameras if name not in config.cameras]
     if absent:
         raise ConfigError(f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {path} looks through")
@@ -162,6 +182,7 @@ def _build_flow_mlp(config: TrainingConfig, device: str) -> FlowPolicy:
 
 POLICY_BUILDERS: dict[str, Callable[[TrainingConfig, str], FlowPolicy]] = {
     "smolvla": _build_smolvla,
+    "pi0": _build_pi0,
     "flow_mlp": _build_flow_mlp,
 }
 

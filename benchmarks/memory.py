@@ -29,7 +29,8 @@ import torch
 from _common import Row, make_parser, open_run, report
 
 from reinflow.rollout import Cursor
-from reinflow_smolvla import OBS_IMAGES_PREFIX, ReinFlowSmolVLA
+from reinflow_smolvla import ReinFlowSmolVLA
+from reinflow_vla import OBS_IMAGES_PREFIX
 from so101_mujoco_utils import CAMERA_NAMES
 from train_reinflow import PRESETS, TrainingConfig
 from training_run import TrainingRun, training_seeds

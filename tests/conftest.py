@@ -21,3 +21,19 @@ def tiny_policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("policy") / "tiny"
     build_policy(TinyConfig(output_dir=directory))
     return directory
+
+
+@pytest.fixture(scope="session")
+def policy_dirs(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small policy of every family, by its name; those that are not embedded are built once."""
+    from pi0_tiny import TinyPi0Config, build_policy
+    from so101_mujoco_utils import model_dir
+
+    pi05 = tmp_path_factory.mktemp("pi05") / "tiny"
+    build_policy(TinyPi0Config(output_dir=pi05, kind="pi05"))
+    return {
+        "smolvla": tiny_policy_dir,
+        "pi0": model_dir() / "tiny_pi0",
+        "pi05": pi05,
+        "flow_mlp": model_dir() / "flow_mlp",
+    }

@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("reinflow/*.py"), *ROOT.glob("benchmarks/*.py")])]
 ADAPTERS = sorted(p for glob in ("*smolvla*.py", "reinflow_vla.py", "pi0_*.py") for p in ROOT.glob(glob))
-ENTRY_POINTS = {"train_reinflow", "training_run", "training_checks", "reinflow_eval", "reinflow_doctor"}
+ENTRY_POINTS = {
+    "train_reinflow",
+    "training_run",
+    "training_checks",
+    "reinflow_eval",
+    "reinflow_doctor",
+    "reinflow_memory",
+}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -61,6 +61,12 @@ def test_plot_runs_reads_recorded_metrics(tmp_path):
     assert rows[-1].split(",")[1] == f"{lines[-1]['progress/episodes']:.5g}"
 
 
+def test_memory_plan_compares_plan_and_process(tmp_path):
+    out = run("memory_plan.py", "--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
+    assert "forward and backward, 2 decisions" in out
+    assert len((tmp_path / "memory.csv").read_text().splitlines()) == 5
+
+
 def test_physics_compares_the_same_work(tmp_path):
     (row,) = quick("physics", tmp_path)[""]
     assert (row["envs"], row["threads"]) == ("2", "1")

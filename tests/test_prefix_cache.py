@@ -8,14 +8,14 @@ import torch
 from prefix_cache import GIB, KEEPS, PrefixCache, plan_prefix_cache, prefix_bytes
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
 from reinflow.policy import PolicyError
-from tests.test_reinflow_smolvla import load, noise_for, observe
+from tests.policies import VLAS, load, noise_for, observe
 
 SIZES = {"kv": 4 * 2**20, "embeddings": 2**20, "none": 2**19}
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_policy_dir):
-    return load(tiny_policy_dir)
+@pytest.fixture(scope="module", params=VLAS)
+def policy(request, policy_dirs):
+    return load(request.param, policy_dirs[request.param])
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -46,7 +46,7 @@ def test_sizes_are_those_of_the_kept_tensors(policy):
     assert plan.bytes_per_decision == kept["kv"].numel() * 4
     policy.prefix_cache = PrefixCache("embeddings")
     kept = policy.to_buffer(policy.encode(policy.preprocess(observe(policy, batch=1))))
-    assert set(kept) == {"embeddings", "attention", "pad", "features"}
+    assert set(kept) - {"state"} == {"embeddings", "attention", "pad", "features"}
     everything = policy._all_of_prefix(policy.preprocess(observe(policy, batch=2)))
     assert prefix_bytes(everything)["embeddings"] == kept["embeddings"].numel() * 4 + kept["attention"].numel()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import policy_directory
 import smolvla_sft
 import smolvla_tiny
 import so101_demos
@@ -52,7 +53,7 @@ def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: boo
     assert any("lm_expert" in key for key in changed)
     assert any("vision_model" in key for key in changed) == train_vision
     assert json.loads((checkpoint / "reinflow.json").read_text())["env"]["randomize_block"] is True
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="exists"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="exists"):
         smolvla_sft.finetune(config)
 
 

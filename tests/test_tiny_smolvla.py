@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import policy_directory
 import smolvla_pretrain
 import smolvla_tiny
 from so101_mujoco_utils import model_dir
@@ -80,7 +81,7 @@ def test_materialised_directory_loads_with_lerobot_alone(
     batch = observation()
     expected = predict(smolvla_tiny.load_smolvla(policy_dir), batch)
     assert torch.equal(predict((policy, *processors), batch), expected)
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="exists"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="exists"):
         smolvla_tiny.materialize(policy_dir, target)
 
 
@@ -94,42 +95,42 @@ def test_weights_must_fit(copy: Path, change: str) -> None:
     else:
         weights["model.action_out_proj.weight"] = torch.zeros(3, 3)
     save_file(weights, copy / "model.safetensors")
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match=r"model\.safetensors does not fit"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match=r"model\.safetensors does not fit"):
         smolvla_tiny.load_smolvla(copy)
 
 
-@pytest.mark.parametrize("name", smolvla_tiny.POLICY_FILES)
+@pytest.mark.parametrize("name", policy_directory.POLICY_FILES)
 def test_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match=name):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match=name):
         smolvla_tiny.load_smolvla(copy)
 
 
 def test_missing_vlm_folder_other_type_and_broken_json(copy: Path) -> None:
     shutil.rmtree(copy / "vlm")
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match=r"'\./vlm', which does not exist"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match=r"'\./vlm', which does not exist"):
         smolvla_tiny.load_smolvla(copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "type": "act"}))
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="not 'smolvla'"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="not 'smolvla'"):
         smolvla_tiny.load_smolvla(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match=r"config\.json cannot be read"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match=r"config\.json cannot be read"):
         smolvla_tiny.load_smolvla(copy)
 
 
 def test_hub_names_and_typos_get_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="no such directory"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="no such directory"):
         smolvla_tiny.load_smolvla(tmp_path / "typo")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _repo: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="hf download lerobot/smolvla_base"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="hf download lerobot/smolvla_base"):
         smolvla_tiny.load_smolvla("lerobot/smolvla_base")
 
 
 def test_build_refuses(policy_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="exists"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="exists"):
         smolvla_tiny.build_policy(smolvla_tiny.TinyConfig(output_dir=policy_dir))
-    with pytest.raises(smolvla_tiny.PolicyDirectoryError, match="multiple"):
+    with pytest.raises(policy_directory.PolicyDirectoryError, match="multiple"):
         smolvla_tiny.build_policy(smolvla_tiny.TinyConfig(output_dir=tmp_path / "odd", image_size=100))
 
 

@@ -1,0 +1,162 @@
+"""Memory that reinflow-memory plans against what PyTorch's allocator and the process really take, on the CPU.
+
+    python benchmarks/memory_plan.py --policy tiny --rows 8
+    python benchmarks/memory_plan.py --policy tiny-pi0 --rows 8
+    python benchmarks/memory_plan.py --policy smolvla --rows 2 --csv FILE    # real size, random weights
+
+The allocator's own records (torch.profiler) say what was allocated at the peak of a pass, kernels' work space included;
+they share nothing with the trace on shapes that the plan is made of.
+"""
+
+from __future__ import annotations
+
+import csv
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import psutil
+import torch
+import tyro
+from torch.profiler import ProfilerActivity, profile
+
+from memory_trace import PassBytes, published_smolvla, trace_passes
+from reinflow.flow import chain_log_prob, sample_chain
+from reinflow_memory import CPU_FRAGMENTATION
+from reinflow_vla import ReinFlowVLA
+from train_reinflow import PRESETS, TrainingConfig
+from training_run import blank_observation, build_policy, chain_spec, env_config
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryBenchmark:
+    """Compare planned and measured memory."""
+
+    policy: Literal["tiny", "tiny-pi0", "smolvla"] = "tiny"
+    """Preset; smolvla is the published size with random weights."""
+    rows: int = 8
+    """Observations encoded and decisions differentiated at once."""
+    csv: str = ""
+    """Append the table to this file."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Planned and measured bytes of one thing."""
+
+    name: str
+    planned: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Planned over measured, minus one."""
+        return self.planned / self.measured - 1
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Bytes that the CPU allocator had handed out during ``run`` at most, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    live = peak = 0
+    for _, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+def _allocations(events: Any) -> Iterator[tuple[int, int]]:
+    """(time, bytes) of every allocation, negative where memory is given back."""
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows: int) -> list[Comparison]:
+    """Weights, one decision's share of the buffer, the peak of encoding and that of a second backward pass."""
+    observation, spec = blank_observation(env_config(config)), chain_spec(config)
+    one = policy.preprocess(observation | {"task": [config.instruction]})
+    batch = {k: v.expand(rows, *v.shape[1:]).contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
+    context = policy.to_buffer(policy.encode(batch))
+    noise = torch.zeros(rows, policy.n_action_steps, policy.padded_action_dim)
+    chain = sample_chain(policy, context, spec, noise, torch.Generator().manual_seed(0)).chain
+
+    def encode() -> Any:
+        return policy.encode({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+
+    def update() -> None:
+        inputs = {name: tensor.clone() for name, tensor in context.items()}  # rows taken from the buffer
+        chain_log_prob(policy, inputs, chain.clone(), spec).log_prob.sum().backward()
+
+    update()  # gradients are there from now on
+    storages = [t.untyped_storage() for t in (*policy.parameters(), *policy.buffers())]
+    tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    kept = sum(t.nbytes for t in context.values()) / rows + chain.nbytes / rows
+    return [
+        Comparison("weights", passes.frozen + passes.policy + passes.critic, sum(tensors.values())),
+        Comparison("buffer, per decision", passes.kept["kv"] + passes.rest, kept),
+        Comparison(f"encoding, {rows} observations", passes.encode(rows), allocated_peak(encode)),
+        Comparison(f"forward and backward, {rows} decisions", passes.update("kv")(rows), allocated_peak(update)),
+    ]
+
+
+def real_smolvla(config: TrainingConfig, folder: Path) -> ReinFlowVLA:
+    """A SmolVLA of the published size with random weights."""
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    from policy_directory import quiet
+    from reinflow_smolvla import ReinFlowSmolVLA
+    from smolvla_tiny import identity_stats
+    from training_run import vla_settings
+
+    settings = published_smolvla(config, folder)
+    with quiet():
+        policy = SmolVLAPolicy(settings)
+    processors = make_pre_post_processors(settings, dataset_stats=identity_stats())
+    return ReinFlowSmolVLA(policy, *processors, **vla_settings(config))
+
+
+def main() -> None:
+    """Print the table."""
+    options = tyro.cli(MemoryBenchmark, description=__doc__)
+    config = replace(PRESETS[options.policy], prefix_cache="kv", num_threads=1)
+    if options.policy == "smolvla":  # as many bytes as the real instruction has tokens: the tokenizer is not SmolVLM's
+        config = replace(config, instruction="pick up")
+    torch.set_num_threads(1)
+    passes, process = trace_passes(config), psutil.Process()
+    before = process.memory_info().rss
+    with TemporaryDirectory() as folder:
+        if options.policy == "smolvla":
+            policy: Any = real_smolvla(config, Path(folder))
+        else:
+            policy = build_policy(config, "cpu")
+        rows = compare(config, policy, passes, options.rows)
+    gradients, peaks = sum(p.nbytes for p in policy.policy_parameters()), [row.planned for row in rows[2:]]
+    if options.policy == "smolvla":  # of a tiny policy the program's own noise is larger
+        measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        planned = CPU_FRAGMENTATION * (rows[0].planned + gradients + max(peaks))
+        rows.append(Comparison("process: peak RSS over the program's", planned, measured))
+    print(f"program alone: {before / MIB:.0f} MiB RSS")
+    lines = [
+        [options.policy, r.name, f"{r.planned / MIB:.3f}", f"{r.measured / MIB:.3f}", f"{r.error:+.1%}"] for r in rows
+    ]
+    for line in lines:
+        print("  ".join(line))
+    if options.csv:
+        new = not Path(options.csv).exists()
+        with open(options.csv, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["policy", "what", "planned_mib", "measured_mib", "error"])
+            writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""How many bytes a policy's passes need, without its weights: the real code runs on tensors that have only a shape.
+
+A policy of any size is built on torch's meta device in seconds, and every pass of a training (encode a rollout step,
+score and differentiate a minibatch) runs on it. ``MemoryTrace`` adds up the storages that come and go.
+
+Not seen are a kernel's own work space and the allocator's rounding. Attention that PyTorch fuses is taken as fused,
+which holds on CUDA and on the CPU: the matrix of attention weights is then never written.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pi0_directory import replaced
+from policy_directory import locate_policy, quiet, resolve_folder
+from prefix_cache import KEEPS, Keep, PrefixCache, prefix_bytes
+from reinflow.flow import chain_log_prob
+from reinflow_vla import OBS_IMAGES_PREFIX, ReinFlowVLA
+from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, model_dir
+from training_run import chain_spec, pi0_options, vla_settings
+
+if TYPE_CHECKING:
+    from train_reinflow import TrainingConfig
+
+TOKENS_OF_AN_INSTRUCTION = 8  # "pick up the block" and a newline in SmolVLM2's vocabulary, rounded up
+PUBLISHED = ("lerobot/smolvla_base", "lerobot/pi0", "lerobot/pi0_base", "lerobot/pi05_base")
+SMOLVLM_TEXT = {
+    "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 16, "num_attention_heads": 15,
+    "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49_280,
+}  # fmt: skip
+SMOLVLM_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SMOLVLM_IMAGE = (512, 16, 4)  # pixels, patch, pixel shuffle
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Bytes of the tensors that are made inside the context: ``live`` now, ``peak`` at most.
+
+    Args:
+        known: tensors from outside; what shares their storage is not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Bytes of a pass over B rows: ``fixed + per_row * B``."""
+
+    fixed: float
+    per_row: float
+
+    def __call__(self, rows: int) -> float:
+        return self.fixed + self.per_row * rows
+
+    @classmethod
+    def through(cls, peak: Callable[[int], int]) -> Linear:
+        """Through the peaks of 2 and 4 rows; one row alone may take other paths."""
+        two, four = peak(2), peak(4)
+        return cls(2 * two - four, (four - two) / 2)
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Everything about a policy that the plan of a training needs; bytes."""
+
+    scalars: int  # of all weights and buffers
+    frozen: int  # weights and buffers
+    policy: int  # trainable weights of velocity and noise
+    critic: int  # trainable weights of the critic
+    natural: int  # covariances and gradients of the natural gradient's layers
+    kept: dict[Keep, int]  # per decision, by what the buffer keeps
+    rest: int  # per decision, what the buffer keeps besides
+    encode: Linear  # peak of encoding B observations
+    update: Callable[[Keep], Linear]  # peak of a backward pass over B decisions, beside weights and gradients
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let the library run on tensors without content.
+
+    It asks whether a mask of all patches masks anything: no. And PyTorch takes its fused attention apart on meta
+    tensors: give its result at once.
+    """
+    from transformers.models.smolvlm import modeling_smolvlm
+
+    def attention(query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    with (
+        torch.device("meta"),
+        replaced(nn.functional, {"scaled_dot_product_attention": attention}),
+        replaced(modeling_smolvlm, {"create_bidirectional_mask": lambda **_: None}),
+    ):
+        yield
+
+
+# --- Policies without weights -----------------------------------------------------------------------------------------
+
+
+def skeleton(config: TrainingConfig) -> ReinFlowVLA:
+    """The policy that ``config`` would train, on the meta device.
+
+    A local directory says its sizes; a published hub name stands for the published ones, nothing is downloaded.
+
+    Raises:
+        PolicyDirectoryError: neither.
+    """
+    embedded = {"smolvla": "tiny_smolvla", "pi0": "tiny_pi0"}[config.model_type]
+    directory = None
+    if config.policy_path not in PUBLISHED:
+        directory = model_dir() / embedded if config.policy_path == "tiny" else locate_policy(config.policy_path)
+    build = _smolvla if config.model_type == "smolvla" else _pi0
+    with torch.device("meta"):
+        return build(config, directory)
+
+
+def _features(config: TrainingConfig, image_size: int) -> dict[str, Any]:
+    """Input and output features of a published policy that looks through the config's cameras."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    image = PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))
+    joints = (NUM_JOINTS,)
+    inputs = {OBS_IMAGES_PREFIX + name: image for name in config.cameras}
+    return {
+        "input_features": inputs | {"observation.state": PolicyFeature(FeatureType.STATE, joints)},
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, joints)},
+        "device": "cpu",
+        "chunk_size": config.chunk_size,
+        "n_action_steps": config.n_action_steps,
+    }
+
+
+def _pi0(config: TrainingConfig, directory: Path | None) -> ReinFlowVLA:
+    from lerobot.policies.pi0.configuration_pi0 import PI0Config
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
+    from pi0_adapter import ReinFlowPi0
+    from pi0_directory import build_model, stored_sizes
+
+    if directory is None:
+        kind = PI05Config if "pi05" in config.policy_path else PI0Config
+        settings: Any = kind(**_features(config, 224))
+    else:
+        settings = PreTrainedConfig.from_pretrained(directory, cli_overrides=["--device=cpu"])
+    settings.dtype, settings.device = config.pi0_vlm_dtype, "meta"
+    policy = build_model(settings, None if directory is None else stored_sizes(directory))
+    return ReinFlowPi0(policy, None, None, **pi0_options(config), **vla_settings(config))
+
+
+def _smolvla(config: TrainingConfig, directory: Path | None) -> ReinFlowVLA:
+    with TemporaryDirectory() as folder:
+        if directory is None:
+            settings = published_smolvla(config, Path(folder))
+        else:
+            settings = PreTrainedConfig.from_pretrained(directory, cli_overrides=["--device=cpu"])
+            settings.vlm_model_name = resolve_folder(directory, settings.vlm_model_name)
+        settings.load_vlm_weights, settings.device = False, "meta"
+        return _wrapped_smolvla(config, settings)
+
+
+def _wrapped_smolvla(config: TrainingConfig, settings: Any) -> ReinFlowVLA:
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    from reinflow_smolvla import ReinFlowSmolVLA
+
+    with quiet():
+        policy = SmolVLAPolicy(settings)
+    vision = policy.model.vlm_with_expert.get_vlm_model().vision_model
+    # The library looks up positions by the content of a mask, which meta tensors do not have.
+    embeddings = vision.embeddings
+
+    def embed(pixel_values: Tensor, **_: Any) -> Tensor:
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + embeddings.position_embedding.weight
+
+    embeddings.forward = embed
+    return ReinFlowSmolVLA(policy, None, None, **vla_settings(config))
+
+
+def published_smolvla(config: TrainingConfig, folder: Path) -> Any:
+    """SmolVLAConfig of smolvla_base; ``folder`` gets SmolVLM2-500M's configuration and a byte tokenizer."""
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from transformers import SmolVLMConfig
+
+    from smolvla_tiny import TinyConfig, build_vlm_folder
+
+    with torch.device("cpu"):
+        build_vlm_folder(folder, TinyConfig(folder, *SMOLVLM_IMAGE))
+    vlm = SmolVLMConfig.from_pretrained(folder)
+    for part, sizes in ((vlm.text_config, SMOLVLM_TEXT), (vlm.vision_config, SMOLVLM_VISION)):
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    vlm.save_pretrained(folder)
+    features = _features(config, SMOLVLM_IMAGE[0])
+    return SmolVLAConfig(**features, vlm_model_name=str(folder), load_vlm_weights=False, push_to_hub=False)
+
+
+# --- Passes -----------------------------------------------------------------------------------------------------------
+
+
+def blank_batch(policy: ReinFlowVLA, config: TrainingConfig, rows: int) -> dict[str, Any]:
+    """What the preprocessor would give for ``rows`` observations of the config's environment."""
+    settings, size = policy.vla.config, config.image_size
+    padded = getattr(settings, "pad_language_to", "max_length") == "max_length"
+    tokens = settings.tokenizer_max_length if padded else prompt_length(policy, config)
+    batch: dict[str, Any] = {OBS_IMAGES_PREFIX + name: torch.zeros(rows, 3, size, size) for name in policy.cameras}
+    batch["observation.state"] = torch.zeros(rows, NUM_JOINTS)
+    batch["observation.language.tokens"] = torch.zeros(rows, tokens, dtype=torch.long)
+    batch["observation.language.attention_mask"] = torch.ones(rows, tokens, dtype=torch.bool)
+    if config.critic_input == "state":
+        batch["environment_state"] = torch.zeros(rows, len(ENVIRONMENT_STATE_NAMES))
+    return batch
+
+
+def prompt_length(policy: ReinFlowVLA, config: TrainingConfig) -> int:
+    """Tokens of the instruction: one per byte with the embedded policies' tokenizer."""
+    small = policy.vla.model.vlm_with_expert.config.text_config.vocab_size < 1000
+    return len(config.instruction.encode()) + 1 if small else TOKENS_OF_AN_INSTRUCTION
+
+
+def trace_passes(config: TrainingConfig) -> PassBytes:
+    """Trace every pass of a training with ``config``'s policy; seconds, whatever its size."""
+    policy, spec = skeleton(config), chain_spec(config)
+    weights = {id(t): t for t in (*policy.parameters(), *policy.buffers())}
+    learning, critic = policy.policy_parameters(), policy.critic_parameters()
+    trained = {id(t) for t in (*learning, *critic)}
+
+    def encode_peak(rows: int) -> int:
+        with shapes_only(), MemoryTrace(weights.values()) as trace:
+            policy.encode(blank_batch(policy, config, rows))
+            return trace.peak
+
+    @cache
+    def update(keep: Keep) -> Linear:
+        policy.prefix_cache = PrefixCache(keep)
+        with shapes_only():
+            context = policy.to_buffer(policy.encode(blank_batch(policy, config, 4)))
+            chain = torch.zeros(4, spec.num_denoising_steps + 1, policy.n_action_steps, policy.padded_action_dim)
+
+            def score_and_differentiate(rows: int) -> int:
+                gradients = [p.grad for p in learning if p.grad is not None]
+                with MemoryTrace((*weights.values(), *gradients)) as trace:
+                    inputs = {name: tensor[:rows].clone() for name, tensor in context.items()}  # taken from the buffer
+                    chain_log_prob(policy, inputs, chain[:rows].clone(), spec).log_prob.sum().backward()
+                return trace.peak
+
+            score_and_differentiate(2)  # from now on there are gradients from a minibatch before
+            return Linear.through(score_and_differentiate)
+
+    with shapes_only(), torch.no_grad():
+        everything = policy._all_of_prefix(blank_batch(policy, config, 2))
+    kept = prefix_bytes(everything)
+    others = {n: t for n, t in everything.items() if not any(PrefixCache(keep).is_bulk(n) for keep in KEEPS)}
+    chain_bytes = (spec.num_denoising_steps + 1) * policy.n_action_steps * policy.padded_action_dim * 4
+    return PassBytes(
+        scalars=sum(t.numel() for t in weights.values()),
+        frozen=sum(t.nbytes for key, t in weights.items() if key not in trained),
+        policy=sum(p.nbytes for p in learning),
+        critic=sum(p.nbytes for p in critic),
+        natural=_natural_bytes(policy) if config.policy_optimizer == "natural" else 0,
+        kept=kept,
+        rest=sum(t.nbytes for t in others.values()) // 2 + chain_bytes,
+        encode=Linear.through(encode_peak),
+        update=update,
+    )
+
+
+def _natural_bytes(policy: ReinFlowVLA) -> int:
+    """Sums and running means of the covariances and gradients, and the directions."""
+    wanted = {id(p) for p in policy.policy_parameters()}
+    total = 0
+    for layer in policy.modules():
+        if isinstance(layer, nn.Linear) and id(layer.weight) in wanted:
+            width = layer.in_features + (layer.bias is not None)
+            total += 4 * (2 * (width**2 + layer.out_features**2) + 3 * layer.out_features * width)
+    return total

@@ -1,0 +1,167 @@
+"""Policy directories as LeRobot writes them: found, read strictly, and written so that they can be moved.
+
+A directory is LeRobot's stock one (config.json, model.safetensors, policy_preprocessor.json, policy_postprocessor.json
+with their safetensors). LeRobot stores the place of a local tokenizer as an absolute path, which breaks when the
+directory moves; ours store a reference such as "./vlm" to a folder inside, which the loaders of the policy families
+resolve against the directory itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reinflow import UserError
+
+if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from lerobot.processor import PolicyProcessorPipeline
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR_FILE = "policy_preprocessor.json"
+POSTPROCESSOR_FILE = "policy_postprocessor.json"
+POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+
+
+class PolicyDirectoryError(UserError, RuntimeError):
+    """A policy directory cannot be read or written; the message names the file and the remedy."""
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raise PolicyDirectoryError if something is already there."""
+    if directory.exists():
+        raise PolicyDirectoryError(f"{directory} exists: choose another output directory or remove it first")
+
+
+@contextlib.contextmanager
+def quiet():
+    """LeRobot prints to stdout while it builds a policy; keep that out of progress output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def locate_policy(reference: str | Path) -> Path:
+    """Directory of a policy: a local directory, or a hub repository `owner/name` (downloaded or from the cache).
+
+    Raises:
+        PolicyDirectoryError: neither is there; or files are missing in the directory.
+    """
+    directory = Path(reference)
+    if not directory.is_dir():
+        directory = download_policy(str(reference))
+    missing = [name for name in POLICY_FILES if not (directory / name).is_file()]
+    if missing:
+        raise PolicyDirectoryError(
+            f"{directory} lacks {', '.join(missing)}: a policy directory as LeRobot's save_pretrained writes it "
+            "is needed, processors included (for a checkpoint, name its pretrained_model folder)"
+        )
+    return directory.resolve()
+
+
+def download_policy(repo_id: str) -> Path:
+    """Local snapshot of a hub repository; raises PolicyDirectoryError with the remedy."""
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise PolicyDirectoryError(f"{repo_id}: no such directory, and not a hub repository of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id))
+    except Exception as error:  # the hub client raises many types; all of them mean: not to be had
+        raise PolicyDirectoryError(
+            f"{repo_id} is no local directory and could not be taken from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {error}). Go online (unset HF_HUB_OFFLINE), download it before with "
+            f"`hf download {repo_id}`, or name a local policy directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """JSON object in a file; PolicyDirectoryError names the file when it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PolicyDirectoryError(f"{path} cannot be read as JSON ({error}): restore or re-export it") from error
+    if not isinstance(content, dict):
+        raise PolicyDirectoryError(f"{path} holds no JSON object: restore or re-export it")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def resolve_folder(directory: Path, reference: str) -> str:
+    """Turn the stored place of a tokenizer (or VLM configuration) into one that loads from anywhere.
+
+    A path relative to the policy directory wins; an absolute path must exist; `owner/name` is left to the hub.
+    """
+    inside = directory / reference
+    if inside.is_dir():
+        return str(inside.resolve())
+    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
+    if looks_local and not Path(reference).is_dir():
+        raise PolicyDirectoryError(
+            f"{directory / CONFIG_FILE} or {PREPROCESSOR_FILE} names the folder {reference!r}, which does not "
+            "exist: put that folder into the policy directory and write its relative path, such as './vlm'"
+        )
+    return reference
+
+
+def stored_tokenizer(directory: Path) -> str:
+    """Tokenizer name in a directory's policy_preprocessor.json."""
+    file = directory / PREPROCESSOR_FILE
+    for step in read_json(file).get("steps", []):
+        if step.get("registry_name") == "tokenizer_processor":
+            return str(step["config"]["tokenizer_name"])
+    raise PolicyDirectoryError(f"{file} has no tokenizer_processor step: is it a VLA's? Re-export it with LeRobot")
+
+
+def store_tokenizer(directory: Path, reference: str) -> None:
+    """Write the tokenizer's place into a directory's policy_preprocessor.json."""
+    content = read_json(directory / PREPROCESSOR_FILE)
+    for step in content["steps"]:
+        if step.get("registry_name") == "tokenizer_processor":
+            step["config"]["tokenizer_name"] = reference
+    write_json(directory / PREPROCESSOR_FILE, content)
+
+
+def load_processors(
+    directory: Path, config: PreTrainedConfig, tokenizer: str, remedy: str
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """Pre- and postprocessor of a directory, with its batches on ``config.device``.
+
+    Raises:
+        PolicyDirectoryError: the tokenizer cannot be had; the message ends with ``remedy``.
+    """
+    from lerobot.policies.factory import make_pre_post_processors
+
+    overrides = {"device_processor": {"device": config.device}, "tokenizer_processor": {"tokenizer_name": tokenizer}}
+    try:
+        return make_pre_post_processors(config, pretrained_path=str(directory), preprocessor_overrides=overrides)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PolicyDirectoryError(
+            f"the processors of {directory} with the tokenizer {tokenizer!r} could not be loaded ({reason}). {remedy}"
+        ) from error
+
+
+def save_policy(
+    policy: PreTrainedPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    directory: Path,
+) -> None:
+    """Write the stock files of a policy directory; a reference to the place it was loaded from is left out."""
+    directory.mkdir(parents=True, exist_ok=True)
+    policy.save_pretrained(directory)
+    preprocessor.save_pretrained(directory, config_filename=PREPROCESSOR_FILE)
+    postprocessor.save_pretrained(directory, config_filename=POSTPROCESSOR_FILE)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600, and a shared installation is read by others
+    config = read_json(directory / CONFIG_FILE)
+    write_json(directory / CONFIG_FILE, config | {"pretrained_path": None})
