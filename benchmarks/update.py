@@ -1,7 +1,7 @@
 """One PPO update of the policy: what the prefix cache and executing fewer tokens save.
 
     python benchmarks/update.py [--quick] [--csv FILE]
-    python benchmarks/update.py --size real --minibatch 4 --decisions 4 --repeats 2     SmolVLA's 450 M, random weights
+    python benchmarks/update.py --size real --decisions 2 --minibatch 2 --repeats 2     SmolVLA's 450 M, random weights
     python benchmarks/update.py --device cuda --size real --csv notes/results/gpu_update.csv
 
 Seconds of an update (256 decisions, 5 epochs; --decisions and --epochs are measured, then scaled up linearly), split
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,20 @@ class Rollout:
     chain: Tensor
 
 
-def build(size: str, device: str, directory: Path) -> ReinFlowSmolVLA:
-    """The embedded policy, or one of SmolVLA's real size with random weights, bf16 but for what learns."""
+def build(size: str, device: str, directory: Path, vlm_dtype: str) -> ReinFlowSmolVLA:
+    """The embedded policy, or one of SmolVLA's real size with random weights; what learns is fp32."""
     if size == "real":
         from _real_size import write_real_smolvla
 
         write_real_smolvla(directory)
-    return ReinFlowSmolVLA.from_pretrained(
+    policy = ReinFlowSmolVLA.from_pretrained(
         directory if size == "real" else model_dir() / "tiny_smolvla", device, num_denoising_steps=1,
         n_action_steps=CHUNK, sigma_min=0.1, sigma_max=0.1, groups=TrainableGroups(True, True, True, True, True),
         critic_hidden_size=512,
     )  # fmt: skip
+    if size == "real":
+        policy.vla.model.vlm_with_expert.vlm.to(getattr(torch, vlm_dtype))
+    return policy
 
 
 def observe(policy: ReinFlowSmolVLA, decisions: int, image_size: int) -> dict[str, Any]:
@@ -98,6 +102,11 @@ def configure(policy: ReinFlowSmolVLA, variant: Variant) -> None:
     policy.prefix_cache, policy.n_action_steps = PrefixCache(variant.keep), variant.tokens
 
 
+def score(policy: ReinFlowSmolVLA, context: Context, chain: Tensor, variant: Variant) -> Tensor:
+    """Mean log-prob of the stored chains."""
+    return chain_log_prob(policy, context, chain, spec(variant)).log_prob.mean()
+
+
 def update(
     policy: ReinFlowSmolVLA, variant: Variant, rollout: Rollout, optimizer: torch.optim.Optimizer,
     args: argparse.Namespace, split: dict[str, list[float]],
@@ -117,11 +126,9 @@ def update(
         for rows in torch.arange(len(rollout.chain)).split(args.minibatch):
             part = {name: tensor[rows] for name, tensor in rollout.context.items()}
             optimizer.zero_grad(set_to_none=True)
-            measure("encode", lambda part=part: policy.from_buffer(part))
-            measure("forward", lambda rows=rows: chain_log_prob(
-                policy, results["encode"], rollout.chain[rows], spec(variant)
-            ).log_prob.mean())  # fmt: skip
-            measure("backward", lambda: results["forward"].backward())  # noqa: PLW0108, forward is not there yet
+            measure("encode", partial(policy.from_buffer, part))
+            measure("forward", partial(score, policy, results["encode"], rollout.chain[rows], variant))
+            measure("backward", results["forward"].backward)
             measure("optimiser", optimizer.step)
     for part_name in PARTS:
         split[part_name].append(seconds[part_name])
@@ -144,7 +151,9 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     def work(name: str) -> Callable[[], float]:
         return lambda: update(policy, variants[name], rollouts[name], optimizer, args, split[name])
 
-    times = interleaved({name: work(name) for name in variants}, args.repeats, warmups=0 if args.quick else 1)
+    times = interleaved(
+        {name: work(name) for name in variants}, args.repeats, warmups=0 if args.quick or args.size == "real" else 1
+    )
     scale = (DECISIONS / args.decisions) * (EPOCHS / args.epochs)
     rows: list[Row] = []
     for name in variants:
@@ -164,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--size", choices=("tiny", "real"), default="tiny")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--vlm-dtype", default="bfloat16", choices=("bfloat16", "float32"), help="real size; bf16 is slow on many CPUs"
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 is its own choice")
     parser.add_argument("--decisions", type=int, default=DECISIONS, help="measured, then scaled to 256")
     parser.add_argument("--epochs", type=int, default=1, help="measured, then scaled to 5")
@@ -180,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.size == "real" and args.device == "cpu":
         cases = [(1, CHUNK), (4, 10)]
     with tempfile.TemporaryDirectory() as directory:
-        policy = build(args.size, args.device, Path(directory) / "policy")
+        policy = build(args.size, args.device, Path(directory) / "policy", args.vlm_dtype)
         rows = [row for steps, executed in cases for row in compare(policy, args, steps, executed)]
-    threads = f"{args.size} SmolVLA, {len(policy.cameras)} cameras, {torch.get_num_threads()} threads"
+    threads = f"{args.size} SmolVLA{', VLM ' + args.vlm_dtype if args.size == 'real' else ''}, {len(policy.cameras)} cameras, {torch.get_num_threads()} threads"
     report(rows, args, f"{threads}, {args.decisions} decisions in minibatches of {args.minibatch} measured")
 
 
