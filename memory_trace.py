@@ -281,7 +281,7 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
             return Linear.through(score_and_differentiate)
 
     with shapes_only(), torch.no_grad():
-        everything = policy._all_of_prefix(blank_batch(policy, config, 2))
+        everything = policy.encode_everything(blank_batch(policy, config, 2))
     kept = prefix_bytes(everything)
     others = {n: t for n, t in everything.items() if not any(PrefixCache(keep).is_bulk(n) for keep in KEEPS)}
     chain_bytes = (spec.num_denoising_steps + 1) * policy.n_action_steps * policy.padded_action_dim * 4

@@ -207,10 +207,10 @@ class ReinFlowVLA(nn.Module, ABC):
     def encode(self, batch: dict[str, Any]) -> Context:
         """The frozen prefix: kv (B, layers, 2, heads, prefix, head_dim), pad (B, prefix), features (B, F), and what
         ``prefix_cache`` keeps instead of kv."""
-        context = self._all_of_prefix(batch)
+        context = self.encode_everything(batch)
         return {name: tensor for name, tensor in context.items() if name == "kv" or self.prefix_cache.stored(name)}
 
-    def _all_of_prefix(self, batch: dict[str, Any]) -> Context:
+    def encode_everything(self, batch: dict[str, Any]) -> Context:
         """Everything that any way of keeping the prefix needs; tensors of the batch by ``batch.<name>``."""
         prefix = self.embed_prefix(batch)
         cache, features = self.run_prefix(prefix)
@@ -223,7 +223,7 @@ class ReinFlowVLA(nn.Module, ABC):
     def plan_prefix_cache(self, observation: Observation, wanted: Any, decisions: int, budget_gb: float) -> PrefixCache:
         """Choose what rollouts of ``decisions`` keep, measured on one ``observation``; see plan_prefix_cache."""
         with torch.no_grad():
-            sizes = prefix_bytes(self._all_of_prefix(self.preprocess(observation)))
+            sizes = prefix_bytes(self.encode_everything(self.preprocess(observation)))
         device = str(self.noise_mlp.sigma_min.device)
         self.prefix_cache = plan_prefix_cache(wanted, sizes, decisions, device, budget_gb)
         return self.prefix_cache

@@ -6,8 +6,9 @@
 
 Seconds of an update (256 decisions, 5 epochs; --decisions and --epochs are measured, then scaled up linearly), split
 into encode (getting the prefix back from the buffer), forward (the action expert), backward, optimiser (Adam over the
-whole expert). `cached` keeps keys and values and runs the executed tokens alone. `naive` keeps the images, runs vision
-tower and language model for every minibatch, and all 50 tokens: what a trainer does that knows no cache.
+whole expert, once per --accumulation minibatches). `cached` keeps keys and values and runs the executed tokens alone.
+`naive` keeps the images, runs vision tower and language model for every minibatch, and all 50 tokens: what a trainer
+does that knows no cache.
 """
 
 from __future__ import annotations
@@ -83,10 +84,9 @@ def observe(policy: ReinFlowSmolVLA, decisions: int, image_size: int) -> dict[st
     }
 
 
-def roll_out(policy: ReinFlowSmolVLA, variant: Variant, batch: dict[str, Any]) -> Rollout:
-    """Decide once on every row of the preprocessed ``batch``."""
+def roll_out(policy: ReinFlowSmolVLA, variant: Variant, context: Context) -> Rollout:
+    """Decide once on every row of a context that holds everything."""
     configure(policy, variant)
-    context = policy.encode(batch)
     rows = len(context["pad"])
     noise = torch.randn(rows, variant.tokens, policy.padded_action_dim, device=context["pad"].device)
     return Rollout(policy.to_buffer(context), sample_chain(policy, context, spec(variant), noise).chain)
@@ -111,7 +111,7 @@ def update(
     policy: ReinFlowSmolVLA, variant: Variant, rollout: Rollout, optimizer: torch.optim.Optimizer,
     args: argparse.Namespace, split: dict[str, list[float]],
 ) -> float:  # fmt: skip
-    """Seconds of ``args.epochs`` passes in minibatches; adds what each part took to ``split``."""
+    """Seconds of the whole update, scaled up from ``args.epochs`` passes; adds those of each part to ``split``."""
     configure(policy, variant)
     seconds = dict.fromkeys(PARTS, 0.0)
     results: dict[str, Any] = {}
@@ -123,15 +123,18 @@ def update(
         seconds[part] += timed(call, args.device)
 
     for _ in range(args.epochs):
+        optimizer.zero_grad(set_to_none=True)
         for rows in torch.arange(len(rollout.chain)).split(args.minibatch):
             part = {name: tensor[rows] for name, tensor in rollout.context.items()}
-            optimizer.zero_grad(set_to_none=True)
             measure("encode", partial(policy.from_buffer, part))
             measure("forward", partial(score, policy, results["encode"], rollout.chain[rows], variant))
             measure("backward", results["forward"].backward)
-            measure("optimiser", optimizer.step)
-    for part_name in PARTS:
-        split[part_name].append(seconds[part_name])
+        measure("optimiser", optimizer.step)
+    passes = EPOCHS * DECISIONS / (args.epochs * args.decisions)
+    steps = EPOCHS * DECISIONS / (args.epochs * args.minibatch * args.accumulation)
+    for name in PARTS:
+        seconds[name] *= steps if name == "optimiser" else passes
+        split[name].append(seconds[name])
     return sum(seconds.values())
 
 
@@ -144,7 +147,9 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     }
     image_size = policy.vla.config.resize_imgs_with_padding[0]
     batch = policy.preprocess(observe(policy, args.decisions, image_size))
-    rollouts = {name: roll_out(policy, variant, batch) for name, variant in variants.items()}
+    with torch.no_grad():
+        everything = policy.encode_everything(batch)
+    rollouts = {name: roll_out(policy, variant, everything) for name, variant in variants.items()}
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=0.0, fused=True)
     split: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in variants}
 
@@ -154,10 +159,9 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     times = interleaved(
         {name: work(name) for name in variants}, args.repeats, warmups=0 if args.quick or args.size == "real" else 1
     )
-    scale = (DECISIONS / args.decisions) * (EPOCHS / args.epochs)
     rows: list[Row] = []
     for name in variants:
-        parts = {part: float(np.median(split[name][part][-args.repeats :])) * scale for part in PARTS}
+        parts = {part: float(np.median(split[name][part][-args.repeats :])) for part in PARTS}
         rows.append({
             "K": steps, "executed": executed, "update": name, "seconds": sum(parts.values()), **parts,
             "naive / this": speed_ratio(times, name, "naive"),
@@ -180,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--decisions", type=int, default=DECISIONS, help="measured, then scaled to 256")
     parser.add_argument("--epochs", type=int, default=1, help="measured, then scaled to 5")
     parser.add_argument("--minibatch", type=int, default=64)
+    parser.add_argument("--accumulation", type=int, default=15, help="minibatches per optimiser step")
     args = parser.parse_args(argv)
     if args.quick:
         args.decisions, args.minibatch, args.repeats = 4, 4, 1
@@ -194,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         policy = build(args.size, args.device, Path(directory) / "policy", args.vlm_dtype)
         rows = [row for steps, executed in cases for row in compare(policy, args, steps, executed)]
-    threads = f"{args.size} SmolVLA{', VLM ' + args.vlm_dtype if args.size == 'real' else ''}, {len(policy.cameras)} cameras, {torch.get_num_threads()} threads"
+    dtype = f", VLM {args.vlm_dtype}" if args.size == "real" else ""
+    threads = f"{args.size} SmolVLA{dtype}, {len(policy.cameras)} cameras, {torch.get_num_threads()} threads"
     report(rows, args, f"{threads}, {args.decisions} decisions in minibatches of {args.minibatch} measured")
 
 

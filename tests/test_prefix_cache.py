@@ -47,7 +47,7 @@ def test_sizes_are_those_of_the_kept_tensors(policy):
     policy.prefix_cache = PrefixCache("embeddings")
     kept = policy.to_buffer(policy.encode(policy.preprocess(observe(policy, batch=1))))
     assert set(kept) - {"state"} == {"embeddings", "attention", "pad", "features"}
-    everything = policy._all_of_prefix(policy.preprocess(observe(policy, batch=2)))
+    everything = policy.encode_everything(policy.preprocess(observe(policy, batch=2)))
     assert prefix_bytes(everything)["embeddings"] == kept["embeddings"].numel() * 4 + kept["attention"].numel()
 
 
