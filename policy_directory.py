@@ -25,6 +25,13 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR_FILE = "policy_preprocessor.json"
 POSTPROCESSOR_FILE = "policy_postprocessor.json"
+ACTION, OBS_STATE, OBS_IMAGES_PREFIX = "action", "observation.state", "observation.images."  # LeRobot's feature names
+STATISTICS = {  # by LeRobot's normalisation mode
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
 POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
 
 
@@ -142,12 +149,38 @@ def load_processors(
 
     overrides = {"device_processor": {"device": config.device}, "tokenizer_processor": {"tokenizer_name": tokenizer}}
     try:
-        return make_pre_post_processors(config, pretrained_path=str(directory), preprocessor_overrides=overrides)
+        processors = make_pre_post_processors(config, pretrained_path=str(directory), preprocessor_overrides=overrides)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PolicyDirectoryError(
             f"the processors of {directory} with the tokenizer {tokenizer!r} could not be loaded ({reason}). {remedy}"
         ) from error
+    for pipeline in processors:
+        _require_statistics(directory, pipeline)
+    return processors
+
+
+def _require_statistics(directory: Path, pipeline: PolicyProcessorPipeline) -> None:
+    """Raise PolicyDirectoryError for a normaliser without statistics of what it normalises: LeRobot would pass the raw
+    values on."""
+    from lerobot.processor.normalize_processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+
+    for step in pipeline.steps:
+        if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
+            keys = [ACTION] if isinstance(step, UnnormalizerProcessorStep) else [OBS_STATE]
+            known = step.state_dict()
+            for key in keys:
+                mode = step.norm_map.get(step.features[key].type) if key in step.features else None
+                missing = [
+                    f"{key}.{name}"
+                    for name in STATISTICS.get(mode.name if mode else "", ())
+                    if f"{key}.{name}" not in known
+                ]
+                if missing:
+                    raise PolicyDirectoryError(
+                        f"the processors of {directory} hold no {', '.join(missing)}: LeRobot would leave joints and "
+                        "actions as they are. Fine-tune the policy on SO-101 data first (lerobot-train writes them)"
+                    )
 
 
 def save_policy(

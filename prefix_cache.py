@@ -6,7 +6,9 @@
 | `embeddings` | the language model over the stored embeddings    | .4 MB                                  |
 | `none`       | vision tower and language model over the images  | the images                             |
 
-All three give the same velocities to rounding. Only what an update would read goes into the buffer.
+All three give the same velocities to rounding: 1e-5 in fp32. A bf16 language model may round a recomputed prefix more
+coarsely, as its batch is another one; the ratio guard then says so, and `kv` is the remedy. Only what an update would
+read goes into the buffer.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class PrefixCache:
 
     keep: Keep
     offload: bool = False
-    """Keep it in pinned host memory while the policy is on an accelerator."""
+    """Keep it in host memory while the policy is on an accelerator."""
     bytes_per_decision: int = 0
 
     def stored(self, name: str) -> bool:

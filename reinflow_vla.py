@@ -19,10 +19,9 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from policy_directory import OBS_IMAGES_PREFIX
 from prefix_cache import BATCH_PREFIX, PrefixCache, plan_prefix_cache, prefix_bytes
 from reinflow.policy import Context, NoiseHead, Observation, ReinFlowCritic, strict_load
-
-OBS_IMAGES_PREFIX = "observation.images."
 
 
 @dataclass(frozen=True)

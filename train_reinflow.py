@@ -347,8 +347,7 @@ def train(config: TrainingConfig) -> None:
     with TrainingRun.open(config) as run:
         run.report("before")
         for iteration in run.iterations():
-            buffer = run.rollout()
-            run.update(buffer)
+            run.update(run.rollout())  # no name: the next rollout must not find this one still in memory
             if run.due(config.eval_interval, iteration):
                 run.evaluate()
             run.log()

@@ -31,6 +31,9 @@ NOT_NEGATIVE = (
     "critic_warmup_iters", "eval_interval", "eval_seed", "report_episodes", "report_seed", "num_threads",
     "start_noise_deg", "prefix_cache_gb", "peft_rank",
 )  # fmt: skip
+PI0_FIELDS = (
+    "pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank", "pi0_vlm_dtype", "pi0_gradient_checkpointing",
+)  # fmt: skip
 FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio")
 
 
@@ -134,6 +137,9 @@ def _flow_mlp(c: TrainingConfig) -> Iterator[str]:
                 "use --preset flow_mlp or drop it"
             )
         return
+    for name in ("prefix_cache", "prefix_cache_gb"):
+        if getattr(c, name) != unset[name]:
+            yield f"{name}={getattr(c, name)} is not read with model_type=flow_mlp, which has no prefix: drop it"
     if c.pretrained_path != unset["pretrained_path"]:
         yield (
             f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "
@@ -155,7 +161,7 @@ def _pi0(c: TrainingConfig) -> Iterator[str]:
     """What Pi0 cannot do, and its fields beside another model_type."""
     unset = {f.name: f.default for f in dataclasses.fields(c)}
     if c.model_type != "pi0":
-        for name in ("pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank"):
+        for name in PI0_FIELDS:
             if getattr(c, name) != unset[name]:
                 value = f"{name}={getattr(c, name)}"
                 yield f"{value} is not read with model_type={c.model_type}: use --preset pi0 or drop it"

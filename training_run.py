@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from policy_directory import ACTION, CONFIG_FILE, OBS_IMAGES_PREFIX, OBS_STATE, locate_policy, read_json
 from reinflow import checkpoint
 from reinflow.doctor import Doctor
 from reinflow.evaluate import EvalResult, evaluate, write_eval_info
@@ -25,7 +26,7 @@ from reinflow.rollout import Cursor, RolloutBuffer, RolloutInfo, RolloutSettings
 from reinflow.schedules import in_critic_warmup, linear_decay, noise_bounds, warmup_lr
 from reinflow.tracking import Tracker, open_tracker
 from so101_gym_env import EnvConfig
-from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
+from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, model_dir
 from so101_vector_env import ChunkVectorEnv, Observation, ObservationBuffer, SequentialVectorEnv, make_vector_env
 from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
 from training_scale import auto_scale
@@ -142,17 +143,36 @@ def _build_vla(
     config: TrainingConfig, device: str, family: type[ReinFlowVLA], embedded: str, **options: Any
 ) -> FlowPolicy:
     """A vision-language-action policy; ``embedded`` is the directory that the path "tiny" names."""
-    path = str(model_dir() / embedded) if config.policy_path == "tiny" else config.policy_path
+    path = locate_policy(model_dir() / embedded if config.policy_path == "tiny" else config.policy_path)
+    _check_features(config, path)
     policy = family.from_pretrained(path, device, **vla_settings(config), **options)
-    absent = [name for name in policy.cameras if name not in config.cameras]
-    if absent:
-        raise ConfigError(f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {path} looks through")
     decisions = config.decisions_per_iteration
     plan = policy.plan_prefix_cache(
         blank_observation(env_config(config)), config.prefix_cache, decisions, config.prefix_cache_gb
     )
     print(plan.describe(decisions))
     return policy
+
+
+def _check_features(config: TrainingConfig, directory: Path) -> None:
+    """Refuse a policy for another robot or other cameras before its weights are read."""
+    stored = read_json(directory / CONFIG_FILE)
+    features = stored.get("input_features", {}) | stored.get("output_features", {})
+    for name in (ACTION, OBS_STATE):
+        shape = features.get(name, {}).get("shape")
+        if shape != [NUM_JOINTS]:
+            raise ConfigError(
+                f"{directory} has {name} of shape {shape}, the SO-101 needs [{NUM_JOINTS}]: fine-tune the policy on "
+                "SO-101 data first (lerobot-train)"
+            )
+    images = (name.removeprefix(OBS_IMAGES_PREFIX) for name in features if name.startswith(OBS_IMAGES_PREFIX))
+    eyes = [name for name in images if not name.startswith("empty_camera_")]  # the library fills those in
+    absent = [name for name in eyes if name not in config.cameras]
+    if absent:
+        raise ConfigError(
+            f"cameras={' '.join(config.cameras)} lacks {' '.join(absent)}, which {directory} looks through: add them "
+            "to cameras if the scene has them, or fine-tune the policy with the scene's camera names"
+        )
 
 
 def blank_observation(config: EnvConfig) -> Observation:
@@ -200,6 +220,8 @@ class TrainingRun:
         self.config, self.run_dir = config, run_dir
         self.device = pick_device(config.device)
         self.policy = build_policy(config, self.device)
+        if config.prefix_cache == "auto" and config.model_type != "flow_mlp":  # a resumed run must keep the same
+            config = self.config = dataclasses.replace(config, prefix_cache=cast(Any, self.policy).prefix_cache.keep)
         self.spec = chain_spec(config)
         self.learner = PPOLearner(
             self.policy, self.spec, LearnerSettings(**matching_fields(config, LearnerSettings)), config.seed
@@ -238,6 +260,7 @@ class TrainingRun:
             stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
             run_dir = Path(config.output_dir or f"outputs/train/{stamp}_{config.preset}")
             run = cls(config, run_dir)
+            config = run.config
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n")
             run.cursor = Cursor.at(run.policy, run.env.reset(training_seeds(config)))

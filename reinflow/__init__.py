@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 # Torch's worker threads (libgomp) spin for milliseconds after every operation. On a machine with anything else to do,
 # that takes the core from whom they wait for: the tiny model then runs 2 to 9 times slower with 2 threads than with 1.
-# Some 10 microseconds keep all of the gain on a quiet machine. Read once, when torch is loaded, so it is set here.
+# Some 10 microseconds keep all of the gain on a quiet machine. libgomp reads this once, when torch is loaded: it has no
+# effect in a program that imports torch before this package.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 

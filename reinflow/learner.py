@@ -134,7 +134,10 @@ class PPOLearner:
                 data.anchor = self._anchor(data, self.starting_policy)
             natural = isinstance(self.policy_optimizer, NaturalGradient)
             metrics |= self._natural_step(data, lr_factor) if natural else self._update_policy(data)
-        return metrics | self._update_critic(data)
+        metrics |= self._update_critic(data)
+        for optimizer in (self.policy_optimizer, self.critic_optimizer):
+            optimizer.zero_grad(set_to_none=True)  # memory that the next rollout can use
+        return metrics
 
     def _targets(self, buffer: RolloutBuffer) -> tuple[Decisions, dict[str, float]]:
         """GAE on [T, N], then flatten."""

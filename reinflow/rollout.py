@@ -177,13 +177,10 @@ def collect_rollout(
 
 def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context) -> None:
     """Write one decision's context (N, ...) into tensors (T, N, ...), made at the first one: stacking a list at the end
-    would hold everything twice. Host memory beside an accelerator is pinned, so that it can be transferred."""
+    would hold everything twice."""
     for name, tensor in context.items():
         if step == 0:
-            pin = tensor.device.type == "cpu" and torch.cuda.is_available()
-            contexts[name] = torch.empty(
-                (num_chunk_steps, *tensor.shape), dtype=tensor.dtype, device=tensor.device, pin_memory=pin
-            )
+            contexts[name] = tensor.new_empty((num_chunk_steps, *tensor.shape))
         contexts[name][step].copy_(tensor)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pi0_adapter import adapters, merged_adapters
+from pi0_adapter import adapters
 from pi0_directory import GATED_TOKENIZER, load_pi0, policy_class, reduced_sizes, stored_sizes
 from pi0_tiny import TinyPi0Config, build_policy
 from policy_directory import PolicyDirectoryError, read_json, store_tokenizer, write_json
@@ -157,13 +157,6 @@ def test_adapters_learn_alone_start_at_zero_and_are_merged_by_the_export(policy_
     assert (found - expected).abs().max() < 1e-5
     unadapted = sample_chain(plain, context, SPEC, chain[:, 0], deterministic=True).chain
     assert (unadapted - expected).abs().max() > 1e-3
-
-
-def test_merging_without_adapters_changes_nothing():
-    policy = load("pi0", EMBEDDED)
-    weights = policy.expert().state_dict()
-    with merged_adapters(policy.expert()):
-        assert policy.expert().state_dict().keys() == weights.keys()
 
 
 def test_bf16_language_model_with_fp32_trainables_keeps_the_ratio(tmp_path):

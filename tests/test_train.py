@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,37 @@ def small(tiny_policy_dir, tmp_path) -> TrainingConfig:
 
 def metrics_of(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def test_run_keeps_one_rollout_and_names_its_prefix_cache(small, monkeypatch):
+    """A second cache beside the first would take twice the memory that was planned; and --resume must keep the same."""
+    from training_run import TrainingRun
+
+    buffers, alive, rollout = [], [], TrainingRun.rollout
+
+    def watched(run):
+        alive.append([b() is not None for b in buffers])
+        buffer = rollout(run)
+        buffers.append(weakref.ref(buffer.chain))
+        return buffer
+
+    monkeypatch.setattr(TrainingRun, "rollout", watched)
+    train(replace(small, num_episodes=4))
+    assert alive == [[], [False]]
+    assert json.loads((Path(small.output_dir) / "config.json").read_text())["prefix_cache"] == "kv"
+
+
+@pytest.mark.parametrize(("features", "shape"), [("output_features", [7]), ("input_features", [32])])
+def test_policy_of_another_robot_is_refused_before_its_weights_are_read(small, tmp_path, features, shape):
+    directory = tmp_path / "policy"
+    shutil.copytree(small.pretrained_path, directory)
+    content = json.loads((directory / "config.json").read_text())
+    name = "action" if features == "output_features" else "observation.state"
+    content[features][name]["shape"] = shape
+    (directory / "config.json").write_text(json.dumps(content))
+    (directory / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ConfigError, match=rf"{name} of shape .*needs \[6\]"):
+        train(replace(small, pretrained_path=str(directory)))
 
 
 def test_two_plus_resume_equals_four_straight(small, tmp_path):
