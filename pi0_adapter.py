@@ -99,8 +99,9 @@ class ReinFlowPi0(ReinFlowVLA):
         }
 
     def encode(self, batch: dict[str, Any]) -> Context:
+        """As ReinFlowVLA's; Pi0's features (B, F) end with the padded state (B, 32), which its prefix does not see."""
         context = super().encode(batch)
-        if self._state_in_suffix:  # the prefix does not see it, the critic should
+        if self._state_in_suffix:
             context["features"] = torch.cat([context["features"], context["state"]], dim=1)
         return context
 
@@ -110,6 +111,7 @@ class ReinFlowPi0(ReinFlowVLA):
         return Prefix(*self.vla.model.embed_prefix(images, masks, tokens, language_mask))
 
     def run_prefix(self, prefix: Prefix) -> tuple[DynamicCache, Tensor]:
+        """Keys and values, and the mean (B, width) of the last hidden states of all tokens that count, fp32."""
         (hidden, _), cache = self.vla.model.paligemma_with_expert.forward(
             attention_mask=prepare_attention_masks_4d(make_att_2d_masks(prefix.pad, prefix.attention)),
             position_ids=torch.cumsum(prefix.pad, dim=1) - 1,
@@ -122,9 +124,11 @@ class ReinFlowPi0(ReinFlowVLA):
         return cache, (hidden.float() * weights).sum(dim=1)
 
     def suffix_inputs(self, batch: dict[str, Any]) -> Context:
+        """Pi0: the padded state (B, 32). Pi0.5 has it in the prompt."""
         return {"state": self.vla.prepare_state(batch)} if self._state_in_suffix else {}
 
     def denoise(self, context: Context, cache: DynamicCache, x_t: Tensor, time: Tensor) -> Tensor:
+        """The library's step over the whole chunk; it copies the cache once more."""
         state = {"state": context["state"]} if self._state_in_suffix else {}
         return self.vla.model.denoise_step(
             **state, prefix_pad_masks=context["pad"], past_key_values=cache, x_t=x_t, timestep=time
