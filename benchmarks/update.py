@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from _common import Row, interleaved, make_parser, print_bar, report, speed_ratio, timed
+from _common import Row, interleaved, make_parser, median, print_bar, report, speed_ratio, timed
 from torch import Tensor
 
 from prefix_cache import GIB, Keep, PrefixCache
@@ -38,6 +38,7 @@ CHUNK = 50
 DECISIONS, EPOCHS = 256, 5  # of the update that is reported
 REAL_GIB = 16.0
 PARTS = ("encode", "forward", "backward", "optimiser")
+GROWTH_BAR = 0.15
 BARS = {("tiny", 1, 50): 1.5, ("tiny", 1, 10): 4.0, ("real", 1, 50): 8.0, ("real", 4, 10): 10.0}
 
 
@@ -172,6 +173,28 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     return rows
 
 
+def growth(policy: ReinFlowSmolVLA, args: argparse.Namespace) -> list[Row]:
+    """Seconds of the cached update of K = 1 and the whole chunk, scaled to 256 decisions from a quarter, a half, all."""
+    variant = Variant("kv", CHUNK, 1)
+    batch = policy.preprocess(observe(policy, args.decisions, policy.vla.config.resize_imgs_with_padding[0]))
+    configure(policy, variant)
+    whole = roll_out(policy, variant, policy.encode(batch))
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=0.0, fused=True)
+    sizes = {str(size): size for size in (args.decisions // 4, args.decisions // 2, args.decisions)}
+
+    def work(size: int) -> Callable[[], float]:
+        part = Rollout({name: tensor[:size] for name, tensor in whole.context.items()}, whole.chain[:size])
+        settings = argparse.Namespace(**(vars(args) | {"decisions": size}))
+        return lambda: update(policy, variant, part, optimizer, settings, {name: [] for name in PARTS})
+
+    times = interleaved({name: work(size) for name, size in sizes.items()}, args.repeats)
+    rows = [{"decisions": size, "seconds for 256": median(times, name)} for name, size in sizes.items()]
+    seconds = [row["seconds for 256"] for row in rows]
+    if not args.quick:
+        print_bar("spread of the time per decision", max(seconds) / min(seconds) - 1, GROWTH_BAR, at_least=False)
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = make_parser(__doc__)
@@ -199,9 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         policy = build(args.size, args.device, Path(directory) / "policy", args.vlm_dtype)
         rows = [row for steps, executed in cases for row in compare(policy, args, steps, executed)]
+        linear = growth(policy, args) if args.size == "tiny" else []
     dtype = f", VLM {args.vlm_dtype}" if args.size == "real" else ""
     threads = f"{args.size} SmolVLA{dtype}, {len(policy.cameras)} cameras, {torch.get_num_threads()} threads"
     report(rows, args, f"{threads}, {args.decisions} decisions in minibatches of {args.minibatch} measured")
+    if linear:
+        report(linear, args, threads, "growth")
 
 
 if __name__ == "__main__":
