@@ -174,7 +174,7 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
 
 
 def growth(policy: ReinFlowSmolVLA, args: argparse.Namespace) -> list[Row]:
-    """Seconds of the cached update of K = 1 and the whole chunk, scaled to 256 decisions from a quarter, a half, all."""
+    """Seconds of the cached update, K = 1, whole chunk, scaled to 256 decisions from a quarter, a half and all."""
     variant = Variant("kv", CHUNK, 1)
     batch = policy.preprocess(observe(policy, args.decisions, policy.vla.config.resize_imgs_with_padding[0]))
     configure(policy, variant)
