@@ -9,6 +9,7 @@ which holds on CUDA and on the CPU: the matrix of attention weights is then neve
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from pi0_directory import replaced
 from policy_directory import locate_policy, quiet, resolve_folder
 from prefix_cache import KEEPS, Keep, PrefixCache, prefix_bytes
 from reinflow.flow import chain_log_prob
+from reinflow.natural import NaturalGradient
 from reinflow_vla import OBS_IMAGES_PREFIX, ReinFlowVLA
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, model_dir
 from training_run import chain_spec, pi0_options, vla_settings
@@ -100,11 +102,12 @@ class PassBytes:
     frozen: int  # weights and buffers
     policy: int  # trainable weights of velocity and noise
     critic: int  # trainable weights of the critic
-    natural: int  # covariances and gradients of the natural gradient's layers
+    natural: int  # running means of the natural gradient's covariances and gradients
     kept: dict[Keep, int]  # per decision, by what the buffer keeps
     rest: int  # per decision, what the buffer keeps besides
     encode: Linear  # peak of encoding B observations
-    update: Callable[[Keep], Linear]  # peak of a backward pass over B decisions, beside weights and gradients
+    # Peak of a backward pass over B decisions, beside weights and gradients; with the natural gradient's sums.
+    update: Callable[[Keep], Linear]
 
 
 @contextmanager
@@ -181,6 +184,8 @@ def _pi0(config: TrainingConfig, directory: Path | None) -> ReinFlowVLA:
 
 
 def _smolvla(config: TrainingConfig, directory: Path | None) -> ReinFlowVLA:
+    from lerobot.policies.smolvla import configuration_smolvla  # noqa: F401 - registers the type
+
     with TemporaryDirectory() as folder:
         if directory is None:
             settings = published_smolvla(config, Path(folder))
@@ -257,6 +262,9 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
     weights = {id(t): t for t in (*policy.parameters(), *policy.buffers())}
     learning, critic = policy.policy_parameters(), policy.critic_parameters()
     trained = {id(t) for t in (*learning, *critic)}
+    natural = None
+    if config.policy_optimizer == "natural":  # its hooks keep the layers' inputs
+        natural = NaturalGradient(policy, learning, config.natural_damping, config.natural_momentum)
 
     def encode_peak(rows: int) -> int:
         with shapes_only(), MemoryTrace(weights.values()) as trace:
@@ -270,15 +278,18 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
             context = policy.to_buffer(policy.encode(blank_batch(policy, config, 4)))
             chain = torch.zeros(4, spec.num_denoising_steps + 1, policy.n_action_steps, policy.padded_action_dim)
 
-            def score_and_differentiate(rows: int) -> int:
-                gradients = [p.grad for p in learning if p.grad is not None]
-                with MemoryTrace((*weights.values(), *gradients)) as trace:
-                    inputs = {name: tensor[:rows].clone() for name, tensor in context.items()}  # taken from the buffer
-                    chain_log_prob(policy, inputs, chain[:rows].clone(), spec).log_prob.sum().backward()
-                return trace.peak
+            def score_and_differentiate(rows: int) -> None:
+                inputs = {name: tensor[:rows].clone() for name, tensor in context.items()}  # taken from the buffer
+                chain_log_prob(policy, inputs, chain[:rows].clone(), spec).log_prob.sum().backward()
 
-            score_and_differentiate(2)  # from now on there are gradients from a minibatch before
-            return Linear.through(score_and_differentiate)
+            def update_peak(rows: int) -> int:
+                (natural or policy).zero_grad()
+                with MemoryTrace(weights.values()) as trace:
+                    for _ in range(2):  # the second beside gradients and covariances of the first
+                        score_and_differentiate(rows)
+                return trace.peak - sum(p.grad.nbytes for p in learning if p.grad is not None)
+
+            return Linear.through(update_peak)
 
     with shapes_only(), torch.no_grad():
         everything = policy.encode_everything(blank_batch(policy, config, 2))
@@ -290,7 +301,7 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
         frozen=sum(t.nbytes for key, t in weights.items() if key not in trained),
         policy=sum(p.nbytes for p in learning),
         critic=sum(p.nbytes for p in critic),
-        natural=_natural_bytes(policy) if config.policy_optimizer == "natural" else 0,
+        natural=_natural_bytes(natural) if natural else 0,
         kept=kept,
         rest=sum(t.nbytes for t in others.values()) // 2 + chain_bytes,
         encode=Linear.through(encode_peak),
@@ -298,12 +309,7 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
     )
 
 
-def _natural_bytes(policy: ReinFlowVLA) -> int:
-    """Sums and running means of the covariances and gradients, and the directions."""
-    wanted = {id(p) for p in policy.policy_parameters()}
-    total = 0
-    for layer in policy.modules():
-        if isinstance(layer, nn.Linear) and id(layer.weight) in wanted:
-            width = layer.in_features + (layer.bias is not None)
-            total += 4 * (2 * (width**2 + layer.out_features**2) + 3 * layer.out_features * width)
-    return total
+def _natural_bytes(optimizer: NaturalGradient) -> int:
+    """Running means of covariances and gradients."""
+    shapes = [shape for layer in optimizer.layers for shape in optimizer.state_shapes(layer.weight).values()]
+    return 4 * sum(math.prod(shape) for shape in shapes)

@@ -13,6 +13,7 @@ read goes into the buffer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,12 +67,20 @@ def prefix_bytes(context: Context) -> dict[Keep, int]:
     return {k: sum(size for name, size in sizes.items() if name.startswith(STORED_BY[k])) for k in KEEPS}
 
 
+def free_memory(device: str) -> float:
+    """Free bytes of a CUDA device, or of the host."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def plan_prefix_cache(
     wanted: Literal["auto", "kv", "embeddings", "none"],
     sizes: dict[Keep, int],
     decisions: int,
     device: str,
     budget_gb: float = 0.0,
+    free: Callable[[str], float] = free_memory,
 ) -> PrefixCache:
     """The fastest way of keeping that fits, or the wanted one.
 
@@ -81,13 +90,14 @@ def plan_prefix_cache(
         decisions: per rollout.
         device: of the policy.
         budget_gb: memory for the cache in GiB; 0 takes half of what is free.
+        free: bytes of a device, or of the host ("cpu"), once the policy is loaded.
 
     Raises:
         PolicyError: nothing (or not the wanted one) fits, with the remedy.
     """
-    places = [(False, budget_gb * GIB or SHARE_OF_FREE_MEMORY * free_memory(device))]
+    places = [(False, budget_gb * GIB or SHARE_OF_FREE_MEMORY * free(device))]
     if device.startswith("cuda"):
-        places.append((True, SHARE_OF_FREE_MEMORY * free_memory("cpu")))
+        places.append((True, SHARE_OF_FREE_MEMORY * free("cpu")))
     for keep in KEEPS if wanted == "auto" else (wanted,):
         for offload, budget in places:
             if decisions * sizes[keep] <= budget:
@@ -97,10 +107,3 @@ def plan_prefix_cache(
         f"prefix_cache={wanted} needs {least / GIB:.1f} GiB for {decisions} decisions, the budget is "
         f"{places[0][1] / GIB:.1f} GiB: lower episodes_per_iteration, raise prefix_cache_gb, or set prefix_cache=auto"
     )
-
-
-def free_memory(device: str) -> int:
-    """Free bytes of a CUDA device, or of the host."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -9,6 +9,7 @@ its figures stand beside measured ones in notes/results/README.md. With --for-de
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from training_checks import ConfigError, starting_point
 
 if TYPE_CHECKING:
     from memory_trace import PassBytes
-    from prefix_cache import Keep
+    from prefix_cache import PrefixCache
 
 GIB = 2**30
 CUDA_CONTEXT = 0.9 * GIB  # driver context, kernels and cuBLAS work space; not measured here
@@ -31,6 +32,7 @@ FRAGMENTATION = 1.05  # of PyTorch's caching allocator; not measured here
 CPU_FRAGMENTATION = 1.3  # of the C library's; between two measurements, 1.18 and 1.41 (notes/results/README.md)
 PROGRAM = 0.8 * GIB  # resident: Python with torch, LeRobot and MuJoCo
 KL_SAMPLE = {"adam": 128, "natural": 256}  # decisions that reinflow/learner.py copies to measure the KL on
+OFFLOADING_GB = 0.1  # so small a prefix cache on the device sends it to host memory
 SWEEP_ENVS, SWEEP_MINIBATCH = (1, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
 
 
@@ -72,9 +74,9 @@ class Plan:
 
     rows: tuple[Row, ...]  # on the policy's device
     ram: tuple[Row, ...]  # on the host, beside a policy on an accelerator
-    keep: Keep
-    offload: bool
-    overhead: float = 1.0
+    cache: PrefixCache
+    refused: str  # why the run would not start: the prefix cache has no room
+    overhead: float
 
     def phase(self, name: Literal["rollout", "update"]) -> float:
         """Device memory of one phase, the allocator's share included."""
@@ -92,61 +94,64 @@ class Plan:
 
 
 def make_plan(config: MemoryConfig, passes: PassBytes) -> Plan:
-    """Put a training together from what its passes need.
+    """Put a training together from what its passes need, with the prefix cache that the run itself would choose."""
+    from prefix_cache import KEEPS, PrefixCache, plan_prefix_cache
+    from reinflow.policy import PolicyError
 
-    ``prefix_cache=auto`` takes the first way of keeping the prefix that fits, on CUDA in host memory if need be.
-    """
-    from prefix_cache import KEEPS
-
-    c = config.training
-    choices: list[tuple[Keep, bool]] = [
-        (keep, offload)
-        for keep in (KEEPS if c.prefix_cache == "auto" else (c.prefix_cache,))
-        for offload in ((False, True) if config.for_device == "cuda" else (False,))
-    ]
-    for keep, offload in choices:
-        if fits(_plan(config, passes, keep, offload, backward=0.0), config):  # else the update need not be traced
-            plan = _plan(config, passes, keep, offload, passes.update(keep)(c.minibatch_size))
-            if fits(plan, config):
-                return plan
-    keep, offload = choices[0]
-    return _plan(config, passes, keep, offload, passes.update(keep)(c.minibatch_size))
+    c, weights = config.training, passes.frozen + passes.policy + passes.critic
+    ram = config.ram_gb * GIB - PROGRAM if config.ram_gb else math.inf
+    if config.for_device == "cuda":
+        free = {"cuda": config.vram_gb * GIB - CUDA_CONTEXT - weights, "cpu": ram}
+    else:
+        free = {"cpu": ram - weights}
+    decisions, refused = c.decisions_per_iteration, ""
+    try:
+        cache = plan_prefix_cache(
+            c.prefix_cache, passes.kept, decisions, config.for_device, c.prefix_cache_gb, lambda d: max(free[d], 0)
+        )
+    except PolicyError as error:
+        smallest = min(KEEPS, key=lambda keep: passes.kept[keep])
+        cache, refused = PrefixCache(smallest if c.prefix_cache == "auto" else c.prefix_cache), str(error)
+    return _plan(config, passes, cache, refused)
 
 
 def fits(plan: Plan, config: MemoryConfig) -> bool:
     """Whether both limits hold."""
     limit = config.vram_gb if config.for_device == "cuda" else config.ram_gb
-    return (limit == 0 or plan.device_bytes <= limit * GIB) and (
-        config.for_device == "cpu" or config.ram_gb == 0 or plan.host_bytes <= config.ram_gb * GIB
+    return (
+        not plan.refused
+        and (limit == 0 or plan.device_bytes <= limit * GIB)
+        and (config.for_device == "cpu" or config.ram_gb == 0 or plan.host_bytes <= config.ram_gb * GIB)
     )
 
 
-def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool, backward: float) -> Plan:
-    c, cuda = config.training, config.for_device == "cuda"
+def _plan(config: MemoryConfig, passes: PassBytes, cache: PrefixCache, refused: str) -> Plan:
+    c, keep, offload = config.training, cache.keep, cache.offload
     decisions, envs, rows = c.decisions_per_iteration, c.num_parallel_envs, c.minibatch_size
     decision = passes.kept[keep] + passes.rest
     learned = passes.policy + passes.critic
     buffer = decisions * (passes.rest if offload else decision)
     sample = min(KL_SAMPLE[c.policy_optimizer], decisions) * (passes.rest if offload else decision)
     acting = (1 if c.time_limit_is_terminal else 2) * envs * (passes.kept["kv"] + passes.rest)
-    copies = (c.policy_optimizer == "natural" or c.undo_overshoot) + (c.anchor_coeff > 0)
+    anchor = c.anchor_coeff > 0
+    copies = (2 if c.policy_optimizer == "natural" else c.undo_overshoot) + anchor  # natural: and the step's direction
     moments = 2 * passes.critic + (passes.natural if c.policy_optimizer == "natural" else 2 * passes.policy)
     device = [
         Row("frozen weights", passes.frozen, passes.frozen),
         Row("trainable weights, fp32", learned, learned),
         Row("optimiser's moments", moments, moments, c.policy_optimizer),
         Row("gradients", 0, learned),
-        Row("copies of the policy", (c.anchor_coeff > 0) * passes.policy, copies * passes.policy, "undo, anchor"),
+        Row("copies of the policy", anchor * passes.policy, copies * passes.policy, "undo, step, anchor"),
         Row("rollout buffer", buffer, buffer, f"{decisions} decisions x {decision / 2**20:.2f} MiB, {keep}"),
         Row("decisions for the KL", 0, sample),
         Row("current observations", acting, envs * (passes.kept["kv"] + passes.rest), f"{envs} envs, kv"),
         Row("encoding", passes.encode(envs), 0, f"vision tower and language model, {envs} envs"),
         # The optimiser's step comes after it and works in place: Adam is fused.
-        Row("forward and backward", 0, backward, f"{rows} decisions x {c.num_denoising_steps} steps"),
+        Row("forward and backward", 0, passes.update(keep)(rows), f"{rows} decisions x {c.num_denoising_steps} steps"),
     ]
-    if not cuda:
+    if config.for_device == "cpu":
         device.append(Row("program", PROGRAM, PROGRAM))
-        return Plan(tuple(device), (), keep, offload, CPU_FRAGMENTATION)
+        return Plan(tuple(device), (), cache, refused, CPU_FRAGMENTATION)
     device.append(Row("CUDA context", CUDA_CONTEXT, CUDA_CONTEXT))
     # All weights are built on the CPU in fp32 before they move; then the memory is free for the offloaded cache.
     building = 4 * passes.scalars
@@ -155,14 +160,14 @@ def _plan(config: MemoryConfig, passes: PassBytes, keep: Keep, offload: bool, ba
         Row("program", PROGRAM, PROGRAM),
         Row("building the policy (once) or the offloaded cache", max(building, kept), max(building, kept)),
     )
-    return Plan(tuple(device), host, keep, offload, FRAGMENTATION)
+    return Plan(tuple(device), host, cache, refused, FRAGMENTATION)
 
 
 def traced(training: TrainingConfig) -> PassBytes:
     """``trace_passes``, once for all settings that only say how often and how many."""
     return _traced(replace(
         training, num_parallel_envs=1, use_subproc_env=False, minibatch_size=1, gradient_accumulation_steps=1,
-        prefix_cache="auto",
+        prefix_cache="auto", prefix_cache_gb=0.0,
     ))  # fmt: skip
 
 
@@ -173,8 +178,9 @@ def _traced(training: TrainingConfig) -> PassBytes:
     return trace_passes(training)
 
 
-def switches(training: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
+def switches(config: MemoryConfig) -> Iterator[tuple[str, TrainingConfig]]:
     """Settings that need less memory, the cheapest in speed and quality first; each alone."""
+    training = config.training
     if training.model_type == "pi0":
         if training.pi0_vlm_dtype != "bfloat16":
             yield "--pi0-vlm-dtype bfloat16", replace(training, pi0_vlm_dtype="bfloat16")
@@ -182,6 +188,8 @@ def switches(training: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
             yield "--pi0-gradient-checkpointing", replace(training, pi0_gradient_checkpointing=True)
     if training.prefix_cache == "kv":
         yield "--prefix-cache auto", replace(training, prefix_cache="auto")
+    if config.for_device == "cuda" and training.prefix_cache_gb != OFFLOADING_GB:
+        yield f"--prefix-cache-gb {OFFLOADING_GB}", replace(training, prefix_cache_gb=OFFLOADING_GB)
     for rows in (8, 4, 2, 1):
         if rows < training.minibatch_size:
             batch = training.minibatch_size * training.gradient_accumulation_steps
@@ -205,12 +213,12 @@ def advice(config: MemoryConfig, plan: Plan) -> str:
         return f"{limits} suffice, {spare:.1f} GiB are left" if spare > 0 else "no limit given"
     tried = replace(config)
     flags: list[str] = []
-    for flag, training in switches(config.training):
+    for flag, training in switches(config):
         alone = replace(config, training=training)
         if fits(make_plan(alone, traced(training)), config):
             return f"{limits} do not suffice; this switch does it: {flag}"
-    for _ in range(len(list(switches(config.training)))):
-        flag, training = next(switches(tried.training), ("", tried.training))
+    for _ in range(len(list(switches(config)))):
+        flag, training = next(switches(tried), ("", tried.training))
         if not flag:
             break
         tried = replace(tried, training=training)
@@ -234,12 +242,11 @@ def print_plan(config: MemoryConfig, plan: Plan) -> None:
     console.print(table)
     if plan.ram:
         print(f"RAM: {plan.host_bytes / GIB:.1f} GiB (" + ", ".join(row.name for row in plan.ram) + ")")
-    place = "in host memory" if plan.offload else "on the policy's device"
-    print(f"prefix cache: {plan.keep}, {place}")
+    print(plan.refused or plan.cache.describe(config.training.decisions_per_iteration))
 
 
 def sweep_table(config: MemoryConfig, passes: PassBytes) -> list[list[float]]:
-    """Peak bytes on the device by num_parallel_envs (rows) and minibatch_size (columns)."""
+    """Peak bytes on the device by num_parallel_envs (rows) and minibatch_size (columns); inf: no room for a cache."""
 
     def peak(envs: int, rows: int) -> float:
         c = config.training
@@ -250,7 +257,8 @@ def sweep_table(config: MemoryConfig, passes: PassBytes) -> list[list[float]]:
             c, num_parallel_envs=envs, minibatch_size=rows, gradient_accumulation_steps=accumulation,
             episodes_per_iteration=episodes, use_subproc_env=False,
         )  # fmt: skip
-        return make_plan(replace(config, training=changed), passes).device_bytes
+        plan = make_plan(replace(config, training=changed), passes)
+        return math.inf if plan.refused else plan.device_bytes
 
     return [[peak(envs, rows) for rows in SWEEP_MINIBATCH] for envs in SWEEP_ENVS]
 
@@ -260,7 +268,7 @@ def print_sweep(config: MemoryConfig, passes: PassBytes) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = "peak in GiB by num_parallel_envs and minibatch_size (x: over)"
+    title = "peak in GiB by num_parallel_envs and minibatch_size (x: over, inf: no prefix cache fits)"
     table = Table("envs", *(f"M {rows}" for rows in SWEEP_MINIBATCH), title=title)
     limit = (config.vram_gb if config.for_device == "cuda" else config.ram_gb) * GIB
     for envs, peaks in zip(SWEEP_ENVS, sweep_table(config, passes), strict=True):

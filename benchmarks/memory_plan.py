@@ -25,10 +25,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from memory_trace import PassBytes, published_smolvla, trace_passes
 from reinflow.flow import chain_log_prob, sample_chain
+from reinflow.learner import LearnerSettings, make_policy_optimizer
 from reinflow_memory import CPU_FRAGMENTATION
 from reinflow_vla import ReinFlowVLA
 from train_reinflow import PRESETS, TrainingConfig
-from training_run import blank_observation, build_policy, chain_spec, env_config
+from training_run import blank_observation, build_policy, chain_spec, env_config, matching_fields
 
 MIB = 2**20
 
@@ -81,6 +82,7 @@ def _allocations(events: Any) -> Iterator[tuple[int, int]]:
 def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows: int) -> list[Comparison]:
     """Weights, one decision's share of the buffer, the peak of encoding and that of a second backward pass."""
     observation, spec = blank_observation(env_config(config)), chain_spec(config)
+    optimizer = make_policy_optimizer(policy, LearnerSettings(**matching_fields(config, LearnerSettings)))
     one = policy.preprocess(observation | {"task": [config.instruction]})
     batch = {k: v.expand(rows, *v.shape[1:]).contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
     context = policy.to_buffer(policy.encode(batch))
@@ -94,7 +96,13 @@ def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows
         inputs = {name: tensor.clone() for name, tensor in context.items()}  # rows taken from the buffer
         chain_log_prob(policy, inputs, chain.clone(), spec).log_prob.sum().backward()
 
-    update()  # gradients are there from now on
+    def updates() -> None:
+        update()
+        update()  # beside gradients and covariances of the first
+
+    updates()
+    gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
+    optimizer.zero_grad()
     storages = [t.untyped_storage() for t in (*policy.parameters(), *policy.buffers())]
     tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
     kept = sum(t.nbytes for t in context.values()) / rows + chain.nbytes / rows
@@ -102,7 +110,9 @@ def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows
         Comparison("weights", passes.frozen + passes.policy + passes.critic, sum(tensors.values())),
         Comparison("buffer, per decision", passes.kept["kv"] + passes.rest, kept),
         Comparison(f"encoding, {rows} observations", passes.encode(rows), allocated_peak(encode)),
-        Comparison(f"forward and backward, {rows} decisions", passes.update("kv")(rows), allocated_peak(update)),
+        Comparison(
+            f"forward and backward, {rows} decisions", passes.update("kv")(rows), allocated_peak(updates) - gradients
+        ),
     ]
 
 

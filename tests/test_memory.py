@@ -28,9 +28,9 @@ def pi0_passes() -> PassBytes:
 # --- Against what is measured ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-pi0"])
-def test_planned_bytes_are_within_15_percent_of_the_allocators(preset):
-    config = replace(PRESETS[preset], prefix_cache="kv", num_threads=1)
+@pytest.mark.parametrize(("preset", "optimizer"), [("tiny", "natural"), ("tiny-pi0", "natural"), ("tiny-pi0", "adam")])
+def test_planned_bytes_are_within_15_percent_of_the_allocators(preset, optimizer):
+    config = replace(PRESETS[preset], policy_optimizer=optimizer, prefix_cache="kv", num_threads=1)
     passes = trace_passes(config)
     policy = build_policy(config, "cpu")
     rows = compare(config, policy, passes, rows=6)
@@ -84,12 +84,22 @@ def test_pi0_on_24_gb_is_feasible_and_its_breakdown_adds_up(pi0_passes):
 def test_auto_moves_the_cache_before_it_gives_it_up(pi0_passes):
     many = replace(PI0, training=replace(PI0.training, episodes_per_iteration=512))
     plan = make_plan(many, pi0_passes)
-    assert (plan.keep, plan.offload) == ("kv", True)
+    assert (plan.cache.keep, plan.cache.offload) == ("kv", True)
     assert plan.host_bytes > 1536 * pi0_passes.kept["kv"]
-    tight = make_plan(replace(many, ram_gb=20.0), pi0_passes)
-    assert (tight.keep, tight.offload) == ("embeddings", True)
+    tight = make_plan(replace(many, ram_gb=20.0), pi0_passes)  # half of either memory is too small for kv
+    assert (tight.cache.keep, tight.cache.offload) == ("embeddings", False)
+    granted = replace(many, training=replace(many.training, prefix_cache_gb=22.0))  # as the run: granted is granted
+    assert not make_plan(granted, pi0_passes).cache.offload and not fits(make_plan(granted, pi0_passes), granted)
     # An update then runs the language model, too.
     assert pi0_passes.update("embeddings")(8) > pi0_passes.update("kv")(8)
+
+
+def test_a_refused_prefix_cache_does_not_fit_and_is_still_advised(pi0_passes, capsys):
+    small = replace(PI0, ram_gb=16.0, training=replace(PI0.training, prefix_cache="kv", episodes_per_iteration=512))
+    plan = run(small)
+    out = " ".join(capsys.readouterr().out.split())
+    assert plan.refused and not fits(plan, small)
+    assert "prefix_cache=kv needs" in out and "do not suffice; this switch does it: --prefix-cache auto" in out
 
 
 def test_too_small_a_device_names_a_switch(pi0_passes):

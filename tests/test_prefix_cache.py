@@ -63,12 +63,11 @@ def test_too_small_a_budget_is_refused_with_the_remedy():
         plan_prefix_cache("kv", SIZES, 1024, "cpu", 3.0)
 
 
-def test_cuda_offloads_before_it_computes_again(monkeypatch):
-    monkeypatch.setattr("prefix_cache.free_memory", lambda device: (2 if device == "cuda" else 20) * GIB)
-    plan = plan_prefix_cache("auto", SIZES, 1024, "cuda")
+def test_cuda_offloads_before_it_computes_again():
+    plan = plan_prefix_cache("auto", SIZES, 1024, "cuda", free=lambda device: (2 if device == "cuda" else 20) * GIB)
     assert (plan.keep, plan.offload) == ("kv", True)
-    monkeypatch.setattr("prefix_cache.free_memory", lambda device: 3 * GIB)
-    assert plan_prefix_cache("auto", SIZES, 1024, "cuda") == PrefixCache("embeddings", False, SIZES["embeddings"])
+    plan = plan_prefix_cache("auto", SIZES, 1024, "cuda", free=lambda device: 3 * GIB)
+    assert plan == PrefixCache("embeddings", False, SIZES["embeddings"])
 
 
 def test_update_never_runs_the_prefix(tmp_path, monkeypatch):
