@@ -272,7 +272,7 @@ PRESETS: dict[str, TrainingConfig] = {
     "tiny": TrainingConfig(
         preset="tiny",
         pretrained_path="tiny",
-        num_episodes=7_680,
+        num_episodes=9_216,
         num_threads=2,
         num_parallel_envs=64,
         episodes_per_iteration=384,
