@@ -54,10 +54,8 @@ class PrefixCache:
 
     def describe(self, decisions: int) -> str:
         """One line for the start of a run."""
-        size, place = self.bytes_per_decision, "host memory (pinned)" if self.offload else "the policy's device"
-        return (
-            f"prefix cache: {self.keep}, {size / 2**20:.2f} MiB a decision, {decisions * size / GIB:.2f} GiB, {place}"
-        )
+        size, place = self.bytes_per_decision / 2**20, "in host memory" if self.offload else "on the policy's device"
+        return f"prefix cache: {self.keep}, {size:.2f} MiB a decision, {decisions * size:.0f} MiB a rollout {place}"
 
 
 def prefix_bytes(context: Context) -> dict[Keep, int]:
