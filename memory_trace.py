@@ -303,10 +303,17 @@ def trace_passes(config: TrainingConfig) -> PassBytes:
         critic=sum(p.nbytes for p in critic),
         natural=_natural_bytes(natural) if natural else 0,
         kept=kept,
-        rest=sum(t.nbytes for t in others.values()) // 2 + chain_bytes,
+        rest=sum(t.nbytes for t in others.values()) // 2 + chain_bytes + _control_step_bytes(config),
         encode=Linear.through(encode_peak),
         update=update,
     )
+
+
+def _control_step_bytes(config: TrainingConfig) -> int:
+    """What a decision adds to the buffer for credit at control steps: states around every step, and rewards."""
+    if config.credit == "decision":
+        return 0
+    return 4 * ((config.n_action_steps + 1) * len(ENVIRONMENT_STATE_NAMES) + config.n_action_steps)
 
 
 def _natural_bytes(optimizer: NaturalGradient) -> int:

@@ -264,6 +264,10 @@ class ReinFlowVLA(nn.Module, ABC):
         """(B,) in normalised return units."""
         return self.critic(context[self.critic_inputs[0]])
 
+    def state_context(self, states: Tensor) -> Context:
+        """(..., S) -> what ``value`` reads, with a critic on the privileged state."""
+        return {"environment_state": states}
+
     def observe(self, context: Context) -> None:
         """Running statistics of the critic's input, where it is the privileged state."""
         self.critic.observe(context[self.critic_inputs[0]])

@@ -109,7 +109,10 @@ class TrainingConfig:
     """Whether the time limit belongs to the task. False adds V(final observation) where it struck, which nothing trains
     when every episode starts at step 0 and ends at the limit: the critic then feeds on itself."""
     gae_lambda: float = 0.95
-    """Bias against variance in the advantage; counts decisions."""
+    """Bias against variance in the advantage; counts decisions, or control steps with credit=control_step."""
+    credit: Literal["decision", "control_step"] = "decision"
+    """What the critic values: decisions, or every control step by the simulator's state, so that each executed action
+    has an advantage of its own (with white noise; a cosine takes that of the chunk's first step)."""
     value_clip_epsilon: float = 0.2
     """Clip of the value update, in standard deviations of the return; 0 is off."""
     entropy_coeff: float = 0.0
@@ -180,6 +183,8 @@ class TrainingConfig:
     """A random block lies within +- this about straight ahead."""
     block_yaw_deg: float = 0.4 * 180 / PI
     """And is turned by up to +- this."""
+    retry_share: float = 0.0
+    """Share of training episodes that start where one of the environment's last 8 failures did, not at random."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
     """Cameras to render; the policy's must be among them."""
     image_size: int = 256
@@ -202,7 +207,8 @@ class TrainingConfig:
 
     # --- Evaluation ------------------------------------------------------------------------------------------------
     eval_interval: int = 10
-    """Iterations between noise-free evaluations on tuning seeds; 0 never. They choose the best checkpoint."""
+    """Iterations between noise-free evaluations on tuning seeds; 0 never. They choose the best checkpoint: the last one
+    within a standard error of the highest success."""
     eval_episodes: int = 100
     """Episodes of one such evaluation."""
     eval_seed: int = 5_000

@@ -34,7 +34,7 @@ NOT_NEGATIVE = (
 PI0_FIELDS = (
     "pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank", "pi0_vlm_dtype", "pi0_gradient_checkpointing",
 )  # fmt: skip
-FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio")
+FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio", "retry_share")
 
 
 class ConfigError(UserError, ValueError):
@@ -45,7 +45,7 @@ def check_config(config: TrainingConfig) -> None:
     """Raise one ConfigError that lists everything wrong with ``config``."""
     problems = [
         problem
-        for check in (_ranges, _contradictions, _seeds, _models, _flow_mlp, _pi0, _files)
+        for check in (_ranges, _contradictions, _credit, _seeds, _models, _flow_mlp, _pi0, _files)
         for problem in check(config)
     ]
     if problems:
@@ -98,6 +98,17 @@ def _contradictions(c: TrainingConfig) -> Iterator[str]:
         yield "render and headless contradict each other: drop one"
     if c.render and c.num_parallel_envs > 1:
         yield "render shows one environment: set num_parallel_envs=1 or drop render"
+
+
+def _credit(c: TrainingConfig) -> Iterator[str]:
+    if c.credit == "decision":
+        return
+    if c.model_type != "flow_mlp" and c.critic_input != "state":
+        yield f"credit={c.credit} needs a critic that sees every control step: set critic_input=state"
+    if c.discount_per != "control_step":
+        yield f"credit={c.credit} discounts control steps, discount_per={c.discount_per}: set discount_per=control_step"
+    if not c.train_critic:
+        yield f"credit={c.credit} needs a critic: set train_critic, or credit=decision"
 
 
 def _seeds(c: TrainingConfig) -> Iterator[str]:

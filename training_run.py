@@ -393,12 +393,13 @@ class TrainingRun:
         return interval > 0 and iteration % interval == 0
 
     def evaluate(self) -> None:
-        """Noise-free success on tuning seeds; the best checkpoint is chosen by it."""
+        """Noise-free success on tuning seeds. It chooses the best checkpoint: the last one within a standard error of
+        the highest success so far, since what chance adds to a few hundred episodes must not cost training."""
         c = self.config
         result = self._evaluate(c.eval_seed, c.eval_episodes)
         self.metrics |= result.metrics() | {"time/eval": result.elapsed_s}
-        if result.success_rate >= self.best_success:  # of equals the later one: more training at no loss
-            self.best_success = result.success_rate
+        if result.success_rate + result.standard_error >= self.best_success:
+            self.best_success = max(self.best_success, result.success_rate)
             self.save()
             checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
 
@@ -468,8 +469,11 @@ def evaluate_policy(
 
 def _rollout_metrics(info: RolloutInfo) -> dict[str, float]:
     """Means over the episodes that ended in the rollout."""
-    episodes = info.episodes
     metrics = {"time/rollout_env": info.seconds_env, "time/rollout_policy": info.seconds_policy}
+    retried = [e for e in info.episodes if e.retried]
+    if retried:
+        metrics["rollout/retry_success_rate"] = float(np.mean([e.success for e in retried]))
+    episodes = [e for e in info.episodes if not e.retried]  # retries are not the task's own distribution
     if not episodes:
         return metrics
     metrics |= {

@@ -4,8 +4,9 @@
     python benchmarks/ablation.py --output-dir runs/ablation --quick
 
 Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever; the figure is the noise-free success of
-the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Runs that exist
-are not repeated: the command can be stopped and started again.
+the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Levers that change
+the chunk start from a policy of their own, made here by reinflow-sft-mlp from the same demonstrations: compare with the
+"start" column. Runs that exist are not repeated: the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -22,16 +23,29 @@ sys.path.insert(0, str(ROOT))
 
 from reinflow.evaluate import wilson_interval  # noqa: E402, the checkout is not installed
 
-EPISODES_PER_ITERATION = 256
+EPISODES_PER_ITERATION, EVAL_SEED = 256, 7_000
 WHOLE_ROLLOUT = ["--minibatch-size", "128", "--gradient-accumulation-steps", "6"]  # 256 x 3 decisions
 ADAM = ["--policy-optimizer", "adam", "--policy-lr", "1e-4", "--undo-overshoot"]
+WHITE = ["--noise-basis", "white", "--log-prob-reduction", "action", "--sigma-min", ".05", "--sigma-max", ".05"]
+PER_STEP = ["--credit", "control_step", "--gae-lambda", ".99", "--num-critic-epochs", "2"]
+# The same bandwidth and the same noise per action as the preset's 5 cosines over 50 actions; lambda by duration.
+CHUNK_25 = [
+    "--chunk-size", "25", "--n-action-steps", "25", "--chunks-per-episode", "6", "--num-noise-coefficients", "3",
+    "--gae-lambda", ".84", "--gradient-accumulation-steps", "12",
+]  # fmt: skip
+CHUNK_10 = [
+    "--chunk-size", "10", "--n-action-steps", "10", "--chunks-per-episode", "15", "--num-noise-coefficients", "1",
+    "--gae-lambda", ".93", "--gradient-accumulation-steps", "30",
+]  # fmt: skip
 LEVERS: dict[str, list[str]] = {
     "preset": [],
     "optimiser: adam, one step": ADAM,
     "optimiser: adam, 5 epochs of 128": [*ADAM, "--num-ppo-epochs", "5", "--gradient-accumulation-steps", "1"],
-    "noise: white .05, ratio per action": [
-        "--noise-basis", "white", "--log-prob-reduction", "action", "--sigma-min", ".05", "--sigma-max", ".05",
-    ],
+    "noise: white .05, ratio per action": WHITE,
+    "credit by control step": PER_STEP,
+    "credit by control step, white .05, ratio per action": [*PER_STEP, *WHITE],
+    "25 actions a chunk": CHUNK_25,
+    "10 actions a chunk": CHUNK_10,
     "reduction: action": ["--log-prob-reduction", "action", "--target-kl", ".18"],
     "reduction: chunk": ["--log-prob-reduction", "chunk", "--target-kl", ".9"],
     "reduction: mean": ["--log-prob-reduction", "mean", "--clip-epsilon", ".01", "--target-kl", ".00025"],
@@ -66,22 +80,53 @@ def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> 
     if "--episodes-per-iteration" in flags:
         per_iteration = int(flags[flags.index("--episodes-per-iteration") + 1])
     if not (directory / "done").exists():
-        command = [
-            sys.executable, str(ROOT / "train_reinflow.py"), "--preset", "flow_mlp", "--no-wandb", "--seed", str(seed),
-            "--episodes", str(episodes), "--report-episodes", "0", "--eval-interval", str(episodes // per_iteration),
-            "--eval-seed", "7000", "--eval-episodes", str(eval_episodes), "--output-dir", str(directory),
-            "--episodes-per-iteration", str(EPISODES_PER_ITERATION), *WHOLE_ROLLOUT, *flags,
-        ]  # fmt: skip
-        log = out / f"{directory.name}.log"
-        with log.open("w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
-        if code:
-            raise SystemExit(f"{lever}, seed {seed} failed: see {log}")
+        run_script(
+            "train_reinflow.py", out / f"{directory.name}.log", "--preset", "flow_mlp", "--no-wandb",
+            "--seed", str(seed), "--episodes", str(episodes), "--report-episodes", "0",
+            "--eval-interval", str(episodes // per_iteration), "--eval-seed", str(EVAL_SEED),
+            "--eval-episodes", str(eval_episodes), "--flow-mlp-pretrained-path", starting_policy(lever, out),
+            "--output-dir", str(directory), "--episodes-per-iteration", str(EPISODES_PER_ITERATION),
+            *WHOLE_ROLLOUT, *flags,
+        )  # fmt: skip
         (directory / "done").touch()
     return directory
 
 
-def read(directory: Path, lever: str, seed: int) -> dict[str, float | str]:
+def run_script(script: str, log: Path, *flags: str) -> None:
+    """Run one of the project's commands, its output to ``log``."""
+    with log.open("w") as file:
+        command = [sys.executable, str(ROOT / script), *flags]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
+    if code:
+        raise SystemExit(f"{script} failed: see {log}")
+
+
+def starting_policy(lever: str, out: Path) -> str:
+    """The embedded policy, or one made here whose chunk is the lever's."""
+    flags = LEVERS[lever]
+    if "--chunk-size" not in flags:
+        return "embedded"
+    chunk = flags[flags.index("--chunk-size") + 1]
+    policy = out / f"start_{chunk}"
+    if not (policy / "sft.json").exists():
+        log = out / f"{policy.name}.log"
+        run_script("flow_mlp_sft.py", log, "--output-dir", str(policy), "--chunk-size", chunk, "--eval-episodes", "0")
+    return str(policy)
+
+
+def start_success(lever: str, out: Path, eval_episodes: int) -> float:
+    """Noise-free success of the policy that the lever starts from, on the seeds of all levers."""
+    policy = starting_policy(lever, out)
+    result = out / f"eval_{Path(policy).name}_{eval_episodes}"
+    if not (result / "eval_info.json").exists():
+        run_script(
+            "reinflow_eval.py", out / f"{result.name}.log", "--output-dir", str(result), "--seed", str(EVAL_SEED),
+            "--policy-path", "flow_mlp" if policy == "embedded" else policy, "--episodes", str(eval_episodes),
+        )  # fmt: skip
+    return json.loads((result / "eval_info.json").read_text())["overall"]["pc_success"] / 100
+
+
+def read(directory: Path, lever: str, seed: int, start: float) -> dict[str, float | str]:
     """One row of the CSV."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     last = rows[-1]
@@ -89,6 +134,7 @@ def read(directory: Path, lever: str, seed: int) -> dict[str, float | str]:
         "lever": lever,
         "seed": seed,
         "episodes": last["progress/episodes"],
+        "start": start,
         "success": last["eval/success_rate"],
         "eval_episodes": last["eval/episodes"],
         "sampled_success": last["rollout/success_rate"],
@@ -100,16 +146,22 @@ def read(directory: Path, lever: str, seed: int) -> dict[str, float | str]:
 
 def table(rows: list[dict[str, float | str]]) -> str:
     """Markdown: a line per lever, success pooled over its seeds with a 95 % Wilson interval."""
-    lines = ["| lever | success | 95 % interval | by seed | seconds a run |", "|---|---|---|---|---|"]
+    lines = [
+        "| lever | start | success | 95 % interval | by seed | sampled | s a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for lever in dict.fromkeys(row["lever"] for row in rows):
         mine = [row for row in rows if row["lever"] == lever]
         trials = sum(int(row["eval_episodes"]) for row in mine)
         wins = sum(round(float(row["success"]) * int(row["eval_episodes"])) for row in mine)
         low, high = wilson_interval(wins, trials)
         seeds = " ".join(f"{100 * float(row['success']):.0f}" for row in mine)
-        seconds = sum(float(row["seconds"]) for row in mine) / len(mine)
+        start, sampled, seconds = (
+            sum(float(row[key]) for row in mine) / len(mine) for key in ("start", "sampled_success", "seconds")
+        )
         lines.append(
-            f"| {lever} | {100 * wins / trials:.1f} | {100 * low:.1f}-{100 * high:.1f} | {seeds} | {seconds:.0f} |"
+            f"| {lever} | {100 * start:.1f} | {100 * wins / trials:.1f} | {100 * low:.1f}-{100 * high:.1f} | {seeds} "
+            f"| {100 * sampled:.0f} | {seconds:.0f} |"
         )
     return "\n".join(lines)
 
@@ -126,11 +178,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.only, args.seeds, args.episodes = args.only[:2], [0], 2 * EPISODES_PER_ITERATION
+    eval_episodes = 50 if args.quick else 300
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in args.seeds:
         for lever in args.only:
-            rows.append(read(run(lever, seed, args.output_dir, args.episodes, 50 if args.quick else 300), lever, seed))
+            directory = run(lever, seed, args.output_dir, args.episodes, eval_episodes)
+            rows.append(read(directory, lever, seed, start_success(lever, args.output_dir, eval_episodes)))
             if args.csv:
                 with args.csv.open("w", newline="") as file:
                     writer = csv.DictWriter(file, list(rows[0]))

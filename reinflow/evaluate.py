@@ -105,6 +105,11 @@ class EvalResult:
         return self.num_successes / len(self.episodes)
 
     @property
+    def standard_error(self) -> float:
+        """Of the success rate, as a binomial proportion."""
+        return math.sqrt(self.success_rate * (1 - self.success_rate) / len(self.episodes))
+
+    @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the success rate."""
         return wilson_interval(self.num_successes, len(self.episodes))

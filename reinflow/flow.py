@@ -176,6 +176,21 @@ def group_mask(active: Tensor, action_dim: int, spec: ChainSpec) -> Tensor:
     return active.new_ones(batch, 1)
 
 
+def group_advantage(advantage: Tensor, action_dim: int, spec: ChainSpec) -> Tensor:
+    """Advantages (B,) of decisions or (B, n) of their actions -> what each ratio group is weighted by, (B,) or (B, G).
+
+    With white noise and a group per action (or per coordinate) each is weighted by its own action's advantage. A cosine
+    or a whole-chunk group acts from the first action on: it gets that one's, the return of everything that followed.
+    """
+    if advantage.dim() == 1:
+        return advantage
+    if spec.noise_basis == "white" and spec.reduction == "action":
+        return advantage
+    if spec.noise_basis == "white" and spec.reduction == "dim":
+        return advantage.repeat_interleave(action_dim, dim=1)
+    return advantage[:, 0]
+
+
 @torch.no_grad()
 def sample_chain(
     policy: FlowPolicy,

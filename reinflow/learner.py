@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from reinflow import UserError, ppo
-from reinflow.flow import ChainSpec, chain_log_prob, group_mask
+from reinflow.credit import Credit, control_step_credit, decision_credit
+from reinflow.flow import ChainSpec, chain_log_prob, group_advantage, group_mask
 from reinflow.natural import NaturalGradient
 from reinflow.policy import Context, FlowPolicy
-from reinflow.rollout import RolloutBuffer
+from reinflow.rollout import CreditPer, RolloutBuffer
 
 RATIO_TOLERANCE = 1e-4
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
@@ -42,7 +43,10 @@ class LearnerSettings:
     num_critic_epochs: int
     minibatch_size: int
     gradient_accumulation_steps: int
+    gamma: float
     gae_lambda: float
+    credit: CreditPer
+    time_limit_is_terminal: bool
     value_clip_epsilon: float
     entropy_coeff: float
     anchor_coeff: float
@@ -62,9 +66,7 @@ class Decisions:
     chain: Tensor  # (B, K+1, n, D)
     log_prob: Tensor  # (B, G)
     mask: Tensor  # (B, G) bool
-    advantage: Tensor  # (B,) normalised over the rollout
-    value: Tensor  # (B,) at sampling time, in normalised return units
-    target: Tensor  # (B,) normalised returns
+    advantage: Tensor  # (B,) or (B, G), normalised over the rollout
     anchor: Tensor  # (B, K', n, A) denoising steps of the starting policy; (B, 0) without an anchor
 
     def __len__(self) -> int:
@@ -72,8 +74,17 @@ class Decisions:
 
     def __getitem__(self, rows: Tensor) -> Decisions:
         context = {name: tensor[rows] for name, tensor in self.context.items()}
-        rest = (self.chain, self.log_prob, self.mask, self.advantage, self.value, self.target, self.anchor)
+        rest = (self.chain, self.log_prob, self.mask, self.advantage, self.anchor)
         return Decisions(context, *(tensor[rows] for tensor in rest))
+
+
+@dataclass
+class ValueTargets:
+    """What the critic learns from: R decisions, or executed control steps."""
+
+    context: Context
+    value: Tensor  # (R,) when the rollout was collected, in normalised return units
+    target: Tensor  # (R,) normalised returns
 
 
 def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -127,49 +138,51 @@ class PPOLearner:
         lr = 0.0 if critic_only else self.settings.policy_lr * lr_factor * self.lr_scale
         for group in self.policy_optimizer.param_groups:
             group["lr"] = lr
-        data, metrics = self._targets(buffer)
+        credit = self._credit(buffer)
+        metrics = _credit_metrics(buffer, credit)
+        targets = self._value_targets(credit)
+        metrics["critic/target_shift"] = (targets.target - targets.value).mean().item()
+        data = self._decisions(buffer, credit)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
             if self.starting_policy is not None:
                 data.anchor = self._anchor(data, self.starting_policy)
             natural = isinstance(self.policy_optimizer, NaturalGradient)
             metrics |= self._natural_step(data, lr_factor) if natural else self._update_policy(data)
-        metrics |= self._update_critic(data)
+        metrics |= self._update_critic(targets)
         for optimizer in (self.policy_optimizer, self.critic_optimizer):
             optimizer.zero_grad(set_to_none=True)  # memory that the next rollout can use
         return metrics
 
-    def _targets(self, buffer: RolloutBuffer) -> tuple[Decisions, dict[str, float]]:
-        """GAE on [T, N], then flatten."""
-        advantages, returns = ppo.compute_gae(
-            buffer.reward, buffer.value, buffer.next_value, buffer.terminated, buffer.truncated, buffer.discount,
-            self.settings.gae_lambda,
+    def _credit(self, buffer: RolloutBuffer) -> Credit:
+        s = self.settings
+        if s.credit == "decision":
+            return decision_credit(buffer, s.gae_lambda)
+        return control_step_credit(
+            buffer, self.policy, self.normalizer,
+            gamma=s.gamma, gae_lambda=s.gae_lambda, time_limit_is_terminal=s.time_limit_is_terminal,
         )  # fmt: skip
-        metrics = {
-            "ppo/explained_variance": float(ppo.explained_variance(buffer.value, returns)),
-            "critic/return_mean": returns.mean().item(),
-            "critic/return_std": returns.std().item(),
-            "critic/reward_to_go_mean": _reward_to_go(buffer).mean().item(),
-            "critic/advantage_std": advantages.std().item(),
-        }
-        if bool(buffer.truncated.any()):
-            metrics["critic/bootstrap_mean"] = buffer.next_value[buffer.truncated].mean().item()
+
+    def _value_targets(self, credit: Credit) -> ValueTargets:
+        """Normalise by statistics that include this rollout's returns."""
         # What the network itself put out: the clip range around it must not move with the statistics.
-        old_outputs = self.normalizer.normalize(buffer.value.flatten())
-        self.normalizer.update(returns)
-        target = self.normalizer.normalize(returns.flatten())
-        metrics["critic/target_shift"] = (target - old_outputs).mean().item()
+        old_outputs = self.normalizer.normalize(credit.value)
+        self.normalizer.update(credit.target)
+        return ValueTargets(credit.context, old_outputs, self.normalizer.normalize(credit.target))
+
+    def _decisions(self, buffer: RolloutBuffer, credit: Credit) -> Decisions:
+        """Flatten the rollout."""
         active = buffer.active.flatten(0, 1)
+        mask = group_mask(active, self.policy.action_dim, self.spec)
+        advantage = group_advantage(credit.advantage.flatten(0, 1), self.policy.action_dim, self.spec)
         return Decisions(
             context={name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()},
             chain=buffer.chain.flatten(0, 1),
             log_prob=buffer.log_prob.flatten(0, 1),
-            mask=group_mask(active, self.policy.action_dim, self.spec),
-            advantage=ppo.normalize_advantages(advantages.flatten()),
-            value=old_outputs,
-            target=target,
+            mask=mask,
+            advantage=ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else None),
             anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
-        ), metrics
+        )
 
     @torch.no_grad()
     def _guard_ratio(self, data: Decisions) -> dict[str, float]:
@@ -341,17 +354,17 @@ class PPOLearner:
         for parameter, saved in zip(self.policy.policy_parameters(), snapshot, strict=True):
             parameter.copy_(saved)
 
-    def _update_critic(self, data: Decisions) -> dict[str, float]:
+    def _update_critic(self, targets: ValueTargets) -> dict[str, float]:
         """Value regression for all epochs; it shares no parameter with the policy and needs no KL stop."""
         s, log = self.settings, _MeanLog()
-        parameters, inputs = self.policy.critic_parameters(), self._critic_inputs(data)
+        parameters = self.policy.critic_parameters()
         if not parameters:
             return {}
-        self.policy.observe(data.context)
-        for rows in full_batches(len(data), s.batch_size, s.num_critic_epochs, self.generator):
-            context = {name: tensor[rows] for name, tensor in data.context.items() if name in inputs}
-            values = self.policy.value(context)
-            loss, _ = ppo.value_loss(values, data.value[rows], data.target[rows], s.value_clip_epsilon)
+        context = {name: targets.context[name] for name in self._critic_inputs(targets.context)}
+        self.policy.observe(context)
+        for rows in full_batches(len(targets.target), s.batch_size, s.num_critic_epochs, self.generator):
+            values = self.policy.value({name: tensor[rows] for name, tensor in context.items()})
+            loss, _ = ppo.value_loss(values, targets.value[rows], targets.target[rows], s.value_clip_epsilon)
             self.critic_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip_norm).item()
@@ -363,9 +376,23 @@ class PPOLearner:
             })  # fmt: skip
         return log.means()
 
-    def _critic_inputs(self, data: Decisions) -> set[str]:
+    def _critic_inputs(self, context: Context) -> Sequence[str]:
         """Names of the context tensors that ``value`` reads; all of them unless the policy says which."""
-        return set(getattr(self.policy, "critic_inputs", data.context.keys()))
+        return getattr(self.policy, "critic_inputs", tuple(context))
+
+
+def _credit_metrics(buffer: RolloutBuffer, credit: Credit) -> dict[str, float]:
+    """How well the critic foresaw the returns, and how large these are."""
+    metrics = {
+        "ppo/explained_variance": float(ppo.explained_variance(credit.value, credit.target)),
+        "critic/return_mean": credit.target.mean().item(),
+        "critic/return_std": credit.target.std().item(),
+        "critic/reward_to_go_mean": _reward_to_go(buffer).mean().item(),
+        "critic/advantage_std": (credit.target - credit.value).std().item(),
+    }
+    if bool(buffer.truncated.any()):
+        metrics["critic/bootstrap_mean"] = buffer.next_value[buffer.truncated].mean().item()
+    return metrics
 
 
 def _reward_to_go(buffer: RolloutBuffer) -> Tensor:

@@ -63,8 +63,12 @@ class FlowPolicy(Protocol):
         """State value in normalised return units, (B,)."""
         ...
 
+    def state_context(self, states: Tensor) -> Context:
+        """Privileged simulator states (..., S) -> enough of a context for ``value``; the critic must read them."""
+        ...
+
     def observe(self, context: Context) -> None:
-        """See the decisions of a new rollout, for running statistics of the critic's input."""
+        """See the critic's rows of a new rollout, for running statistics of its input."""
         ...
 
     def postprocess(self, actions: Tensor) -> np.ndarray:
@@ -293,7 +297,7 @@ class FlowMLP(nn.Module):
             raise PolicyError(
                 f"environment_state has {state.shape[-1]} entries, the policy was made for {self.state_dim}"
             )
-        return {"state": (state - self.state_mean) / self.state_std}
+        return self.state_context(state)
 
     def encode(self, batch: dict[str, Any]) -> Context:
         return {"state": batch["state"]}
@@ -319,6 +323,9 @@ class FlowMLP(nn.Module):
 
     def value(self, context: Context) -> Tensor:
         return self.critic(context["state"])
+
+    def state_context(self, states: Tensor) -> Context:
+        return {"state": (states - self.state_mean) / self.state_std}
 
     def observe(self, context: Context) -> None:
         self.critic.observe(context["state"])

@@ -16,6 +16,7 @@ from reinflow.policy import Context, FlowPolicy, Observation
 from reinflow.ppo import ReturnNormalizer
 
 DiscountPer = Literal["control_step", "chunk"]
+CreditPer = Literal["decision", "control_step"]
 
 
 class EpisodeStats(Protocol):
@@ -28,6 +29,7 @@ class EpisodeStats(Protocol):
     max_height_m: float
     clipped_targets: int
     reward_terms: dict[str, float]
+    retried: bool  # it started where an earlier one failed
 
 
 class ChunkResult(Protocol):
@@ -40,6 +42,7 @@ class ChunkResult(Protocol):
     truncated: np.ndarray  # (N,) bool
     final_indices: np.ndarray  # (M,)
     final_observation: Observation | None
+    environment_states: np.ndarray | None  # (N, n, S) after each executed control step, if the environment has them
     episodes: Sequence[Any]
 
 
@@ -51,6 +54,14 @@ class ChunkVectorEnv(Protocol):
     def reset(self, seeds: Sequence[int]) -> Observation: ...
 
     def step_chunk(self, actions: np.ndarray) -> Any: ...  # ChunkResult
+
+
+@dataclass
+class ControlSteps:
+    """What happened inside the chunks. S: length of the simulator's privileged state."""
+
+    states: Tensor  # (T, N, n+1, S) before each control step and after the last; 0 after the episode's end
+    rewards: Tensor  # (T, N, n)
 
 
 @dataclass
@@ -67,6 +78,7 @@ class RolloutBuffer:
     discount: Tensor  # (T, N) gamma**tau
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
+    steps: ControlSteps | None = None  # with RolloutSettings(credit="control_step")
 
     @property
     def num_decisions(self) -> int:
@@ -86,29 +98,32 @@ class RolloutInfo:
 
 @dataclass
 class Cursor:
-    """Where the environments stand: the current observation, already encoded."""
+    """Where the environments stand: the current observation, already encoded, and the simulator's state if shown."""
 
     context: Context
+    state: np.ndarray | None = None  # (N, S)
 
     @classmethod
     def at(cls, policy: FlowPolicy, observation: Observation) -> Cursor:
         """Encode ``observation``."""
         with torch.no_grad():
-            return cls(policy.encode(policy.preprocess(observation)))
+            return cls(policy.encode(policy.preprocess(observation)), observation.get("environment_state"))
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How rewards inside a chunk are discounted.
+    """How rewards inside a chunk are discounted, and what is kept of them.
 
-    ``control_step``: reward i of the chunk counts gamma**i and the next decision gamma**tau, tau executed steps.
-    ``chunk``: a plain sum and one gamma per decision, as in the paper's code.
+    ``discount_per``: with "control_step" reward i of the chunk counts gamma**i and the next decision gamma**tau, tau
+    executed steps; with "chunk" a plain sum and one gamma per decision, as in the paper's code.
     ``time_limit_is_terminal``: nothing is worth anything after a time limit, instead of V(final observation).
+    ``credit``: "control_step" keeps the simulator's state and the reward of every control step.
     """
 
     gamma: float
     discount_per: DiscountPer
     time_limit_is_terminal: bool
+    credit: CreditPer = "decision"
 
 
 def chunk_return(rewards: np.ndarray, active: np.ndarray, settings: RolloutSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -143,6 +158,7 @@ def collect_rollout(
         generator: of x_0 and the exploration noise, on the policy's device.
     """
     rows: list[dict[str, Tensor]] = []
+    inside: list[ControlSteps] = []
     contexts: Context = {}
     episodes: list[Any] = []
     noise_stds, seconds_env, start = [], 0.0, time.perf_counter()
@@ -166,13 +182,16 @@ def collect_rollout(
             "terminated": torch.as_tensor(result.terminated),
             "truncated": torch.as_tensor(result.truncated),
         })  # fmt: skip
+        if settings.credit == "control_step":
+            inside.append(_control_steps(cursor, result))
         episodes.extend(result.episodes)
         cursor = following
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
     info = RolloutInfo(episodes, float(np.mean(noise_stds)), seconds_env, seconds_policy)
-    return RolloutBuffer(context=contexts, **stacked), info, cursor
+    steps = _stack_control_steps(inside, device) if inside else None
+    return RolloutBuffer(context=contexts, steps=steps, **stacked), info, cursor
 
 
 def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context) -> None:
@@ -182,6 +201,21 @@ def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context)
         if step == 0:
             contexts[name] = tensor.new_empty((num_chunk_steps, *tensor.shape))
         contexts[name][step].copy_(tensor)
+
+
+def _control_steps(cursor: Cursor, result: ChunkResult) -> ControlSteps:
+    """One chunk step: states (N, n+1, S) and rewards (N, n)."""
+    if cursor.state is None or result.environment_states is None:
+        raise ValueError(
+            "credit=control_step needs the simulator's state: build the environment with environment_state=True"
+        )
+    states = np.concatenate([cursor.state[:, None], result.environment_states], axis=1)
+    return ControlSteps(torch.as_tensor(states), torch.as_tensor(result.rewards, dtype=torch.float32))
+
+
+def _stack_control_steps(steps: list[ControlSteps], device: torch.device) -> ControlSteps:
+    states, rewards = (torch.stack([getattr(s, name) for s in steps]).to(device) for name in ("states", "rewards"))
+    return ControlSteps(states, rewards)
 
 
 def act(

@@ -25,6 +25,7 @@ class FakeEpisode:
     max_height_m: float = 0.0
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
+    retried: bool = False
     env: int = 0
 
 
@@ -39,6 +40,7 @@ class FakeResult:
     truncated: np.ndarray
     final_indices: np.ndarray
     final_observation: dict[str, Any] | None
+    environment_states: np.ndarray
     episodes: Sequence[Any]
 
 
@@ -71,6 +73,7 @@ class ReachEnv:
             active[:, self.terminate_at :] = False
             terminated[:] = True
         rewards = rewards * active
+        inside = np.repeat(self.states[:, None].astype(np.float32), n, axis=1) * active[..., None]
         self.age += 1
         truncated = (self.age >= 2) & ~terminated
         final = self._observe() if truncated.any() else None
@@ -82,9 +85,8 @@ class ReachEnv:
         ]
         for i in np.flatnonzero(truncated | terminated):
             self.states[i], self.age[i] = self.rngs[i].uniform(-1, 1, self.action_dim + 1), 0
-        return FakeResult(
-            self._observe(), rewards, active, terminated, truncated, np.flatnonzero(truncated), final, episodes
-        )
+        ends = (terminated, truncated, np.flatnonzero(truncated))
+        return FakeResult(self._observe(), rewards, active, *ends, final, inside, episodes)
 
 
 def make_policy(

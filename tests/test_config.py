@@ -55,6 +55,9 @@ BAD = [
     ("block_radius_range", {"block_radius_range": (0.3, 0.2)}),
     ("noise_last_step_only", {"noise_last_step_only": True}),
     ("num_noise_coefficients", {"noise_basis": "dct", "num_noise_coefficients": 51}),
+    ("critic_input", {"credit": "control_step"}),
+    ("discount_per", {"credit": "control_step", "critic_input": "state", "discount_per": "chunk"}),
+    ("train_critic", {"credit": "control_step", "critic_input": "state", "train_critic": False}),
     ("train_noise_head", {
         "train_action_head": False, "train_time_mlp": False, "train_full_expert": False, "train_noise_head": False,
     }),

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from reinflow.flow import ChainSpec
-from reinflow.learner import LearnerSettings, PPOLearner, RatioGuardError, full_batches
+from reinflow.learner import LearnerSettings, PPOLearner, RatioGuardError, _credit_metrics, full_batches
 from reinflow.rollout import Cursor, RolloutSettings, chunk_return, collect_rollout
 from tests.fakes import ReachEnv, clone_half_the_way, make_policy
 
 SETTINGS = LearnerSettings(
     policy_optimizer="adam", natural_damping=0.1, natural_momentum=0.0,
     policy_lr=3e-3, critic_lr=3e-3, clip_epsilon=0.2, target_kl=0.0, undo_overshoot=False, num_ppo_epochs=4,
-    num_critic_epochs=4, minibatch_size=32, gradient_accumulation_steps=2, gae_lambda=0.95, value_clip_epsilon=0.2,
-    entropy_coeff=0.0, anchor_coeff=0.0, grad_clip_norm=1.0,
+    num_critic_epochs=4, minibatch_size=32, gradient_accumulation_steps=2, gamma=0.99, gae_lambda=0.95,
+    credit="decision", time_limit_is_terminal=False, value_clip_epsilon=0.2, entropy_coeff=0.0, anchor_coeff=0.0,
+    grad_clip_norm=1.0,
 )  # fmt: skip
 
 
@@ -26,12 +27,15 @@ class Loop:
         self.policy, self.spec = make_policy(seed), spec
         self.env = ReachEnv(num_envs, terminate_at)
         self.learner = PPOLearner(self.policy, spec, settings, seed)
+        self.rollout_settings = RolloutSettings(
+            settings.gamma, "control_step", settings.time_limit_is_terminal, settings.credit
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self.cursor = Cursor.at(self.policy, self.env.reset(range(seed, seed + num_envs)))
 
     def rollout(self, steps=4):
         buffer, info, self.cursor = collect_rollout(
-            self.policy, self.env, self.cursor, steps, self.spec, RolloutSettings(0.99, "control_step", False),
+            self.policy, self.env, self.cursor, steps, self.spec, self.rollout_settings,
             self.learner.normalizer, self.generator,
         )  # fmt: skip
         return buffer, info
@@ -190,11 +194,12 @@ def test_metrics_say_what_rewards_explain_and_what_the_critic_adds():
     buffer, _ = loop.rollout(4)
     expected = buffer.reward.clone()
     expected[0::2] += buffer.discount[0::2] * buffer.reward[1::2]  # episodes of two chunks
-    data, metrics = loop.learner._targets(buffer)
+    credit = loop.learner._credit(buffer)
+    metrics, targets = _credit_metrics(buffer, credit), loop.learner._value_targets(credit)
     assert metrics["critic/reward_to_go_mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
     assert metrics["critic/bootstrap_mean"] == pytest.approx(7.0)
     assert metrics["critic/return_mean"] > metrics["critic/reward_to_go_mean"] + 5
-    assert metrics["critic/target_shift"] == pytest.approx((data.target - data.value).mean().item())
+    assert (targets.target - targets.value).mean().item() == pytest.approx(-7.0, abs=1e-5)  # as the critic put it out
 
 
 def test_metrics_show_the_gradient_norm_of_the_first_and_the_last_step():

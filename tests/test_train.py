@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reinflow.checkpoint import load_training_state, resolve_checkpoint
+from reinflow.checkpoint import checkpoint_step, load_training_state, resolve_checkpoint
 from reinflow.tracking import METRICS, read_metrics
 from train_reinflow import PRESETS, TrainingConfig, train
 from training_checks import ConfigError
@@ -113,6 +113,24 @@ def test_policy_changes_and_the_frozen_prefix_does_not(small, tmp_path, tiny_pol
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("lm_expert" in name for name in changed) and any("action_out_proj" in name for name in changed)
     assert not [name for name in changed if ".vlm." in name or "state_proj" in name]
+
+
+def test_best_is_the_last_checkpoint_within_a_standard_error_of_the_highest_success(small, monkeypatch):
+    """.97 after .985 of 200 is chance, .90 is not; .96 is measured against the highest, not against its forerunner."""
+    from reinflow.evaluate import EpisodeRow, EvalResult
+    from training_run import TrainingRun
+
+    def with_successes(k: int) -> EvalResult:
+        return EvalResult(tuple(EpisodeRow(i, i < k, 0.0, 150, 0.0, 0.0) for i in range(200)), 1.0)
+
+    results = iter(with_successes(k) for k in (180, 197, 195, 180, 192))
+    monkeypatch.setattr(TrainingRun, "_evaluate", lambda *_: next(results))
+    best = []
+    with TrainingRun.open(small) as run:
+        for run.iteration in range(1, 6):
+            run.evaluate()
+            best.append(checkpoint_step(resolve_checkpoint(run.run_dir / "checkpoints" / "best")))
+    assert best == [1, 2, 3, 3, 3]
 
 
 def test_best_checkpoint_is_a_stock_policy_for_reinflow_eval(small, tmp_path):
