@@ -65,6 +65,9 @@ class SftConfig:
     """AdamW's."""
     train_vision: bool = False
     """Train vision tower and connector as well: three times slower, for features that pre-training did not give."""
+    train_prefix: bool = False
+    """Train language model and state_proj as well. A few hundred demonstrations make them forget: their error of the
+    block's place, 2.9 mm after pre-training, grew to 7.8 mm (benchmarks/perception.py), and RL cannot mend that."""
     decision_share: float = 0.75
     """Share of each batch near the frames at which a policy decides; the rest is spread over the episode."""
     jitter: int = 2
@@ -261,10 +264,12 @@ def image_tokens(policy: SmolVLAPolicy, images: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------- fine-tuning
 
 
-def trainable_parameters(policy: SmolVLAPolicy, train_vision: bool) -> list[Tensor]:
-    """Switch gradients on for all that the loss reaches, off for the rest; returns the former."""
+def trainable_parameters(policy: SmolVLAPolicy, train_vision: bool, train_prefix: bool) -> list[Tensor]:
+    """Switch gradients on for all that is to learn and the loss reaches, off for the rest; returns the former."""
     policy.requires_grad_(True)
     vlm = policy.model.vlm_with_expert.vlm
+    for part in (vlm.model.text_model, policy.model.state_proj):
+        part.requires_grad_(train_prefix)
     vlm.lm_head.requires_grad_(False)
     for part in (vlm.model.vision_model, vlm.model.connector):
         part.requires_grad_(train_vision)
@@ -310,7 +315,7 @@ def finetune(config: SftConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     batches = TrainingBatches(data, policy, preprocessor, cache=not config.train_vision)
-    parameters = trainable_parameters(policy, config.train_vision)
+    parameters = trainable_parameters(policy, config.train_vision, config.train_prefix)
     print(
         f"{episodes} episodes, {len(data.images)} cameras, ready after {time.perf_counter() - started:.0f} s",
         flush=True,

@@ -48,6 +48,12 @@ def test_kl_scaling(tmp_path):
     assert len((tmp_path / "kl.csv").read_text().splitlines()) == 3
 
 
+def test_perception(tmp_path):
+    rows = quick("perception", tmp_path)[""]
+    assert rows[0]["block"] == "all" and 0 < float(rows[0]["median mm"]) < 100
+    assert {row["block"].split()[0] for row in rows} == {"all", "r", "angle"}
+
+
 def test_plot_runs_reads_recorded_metrics(tmp_path):
     recorded = ROOT / "tests/data/doctor/healthy_20_iterations/metrics.jsonl"
     lines = [json.loads(line) | {"time/iteration": 30.0} for line in recorded.read_text().splitlines()]

@@ -27,8 +27,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base / "policy", base / "demos"
 
 
-@pytest.mark.parametrize("train_vision", [False, True])
-def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: bool) -> None:
+@pytest.mark.parametrize(("train_vision", "train_prefix"), [(False, False), (False, True), (True, True)])
+def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: bool, train_prefix: bool) -> None:
     config = smolvla_sft.SftConfig(
         policy_dir=start[0],
         dataset_root=start[1],
@@ -40,6 +40,7 @@ def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: boo
         eval_episodes=0 if train_vision else 2,
         num_steps=(1,),
         train_vision=train_vision,
+        train_prefix=train_prefix,
     )
     record = smolvla_sft.finetune(config)
     assert np.isfinite(record["loss"])
@@ -52,6 +53,8 @@ def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: boo
     changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before[key])}
     assert any("lm_expert" in key for key in changed)
     assert any("vision_model" in key for key in changed) == train_vision
+    assert any("text_model" in key for key in changed) == train_prefix
+    assert any("state_proj" in key for key in changed) == train_prefix
     assert json.loads((checkpoint / "reinflow.json").read_text())["env"]["randomize_block"] is True
     with pytest.raises(policy_directory.PolicyDirectoryError, match="exists"):
         smolvla_sft.finetune(config)
