@@ -11,7 +11,7 @@ import pytest
 
 from so101_expert import ScriptedExpert
 from so101_gym_env import EnvConfig, SO101PickEnv
-from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
+from so101_mujoco_utils import model_dir
 from so101_vector_env import ChunkResult, ChunkVectorEnv, make_vector_env
 
 FORMS = ("sequential", "subproc", "batched")
@@ -95,32 +95,6 @@ def test_forms_agree_to_the_last_bit(autoreset: bool) -> None:
     assert any(result.terminated.any() for result in results)
     assert any(result.truncated.any() for result in results)
     assert any(stats.clipped_targets for result in results for stats in result.episodes)
-
-
-def test_retries_start_where_an_episode_failed() -> None:
-    """A resting arm fails always; what a retry fails at is no new failure, and another seed forgets the old ones."""
-    config = replace(BLIND, max_steps_per_episode=CHUNK, retry_share=0.5)
-    rest = np.repeat(np.array([[config.starting_position]]), CHUNK, axis=1).repeat(NUM_ENVS, axis=0)
-    seen: dict[str, list[Any]] = {}
-    for form in FORMS:
-        with make(form, config) as env:
-            seen[form] = [env.reset([1, 2, 3])] + [env.step_chunk(rest) for _ in range(12)]
-            seen[form] += [env.get_state(), env.reset([1, 2, 3])]
-    assert_same(seen["sequential"], seen["batched"])
-    assert_same(seen["sequential"], seen["subproc"])
-    results = [item for item in seen["batched"] if isinstance(item, ChunkResult)]
-    x = ENVIRONMENT_STATE_NAMES.index("block_pos_x")
-    block = slice(x, x + 3)
-    starts = seen["batched"][0]["environment_state"][None, :, block]
-    starts = np.concatenate([starts, [result.observation["environment_state"][:, block] for result in results]])
-    retried = np.array([[stats.retried for stats in result.episodes] for result in results])  # (12, N) of starts[:12]
-    assert 0.2 < retried[1:].mean() < 0.8 and not retried[0].any()
-    for env in range(NUM_ENVS):
-        fresh = {tuple(start) for start, again in zip(starts[:12, env], retried[:, env], strict=True) if not again}
-        assert len(fresh) == (~retried[:, env]).sum()
-        assert all(tuple(starts[i, env]) in fresh for i in range(12) if retried[i, env])
-    assert all(len(log["failed_starts"]) <= 8 for log in seen["batched"][-2]["episodes"])
-    assert_same(seen["batched"][0], seen["batched"][-1])
 
 
 @pytest.fixture(scope="module")
