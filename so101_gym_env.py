@@ -88,8 +88,9 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
         """`reset` without the observation, for callers that render later."""
         if seed is not None:
             self._np_random, self._np_random_seed = seeding.np_random(seed)
-        self.scene.begin_episode(self.data, self.np_random, self.episode, seed, options)
+        self.scene.reset(self.data, self.np_random, options)
         self._row, self._ended = self.scene.layout.row(self.data), False
+        self.episode.begin_after(seed, self.scene.block_height(self._row))
 
     @property
     def row(self) -> Array:

@@ -12,7 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import mujoco
@@ -71,8 +71,6 @@ class EnvConfig:
     block_yaw_deg: float = BLOCK_YAW_DEG
     # MuJoCo degrees for all six joints, the gripper too; clipped to the joint limits.
     starting_position: tuple[float, ...] = (0.06, -100.21, 89.95, 66.46, 5.96, 1.0)
-    # Share of the episodes without a seed of their own that start where one of the last MAX_FAILED_STARTS failures did.
-    retry_share: float = 0.0
     # Uniform noise on every starting joint, degrees to either side.
     start_noise_deg: float = 0.0
     # "seed" is the documented formula; "staged" cannot be farmed by staying (so101_mujoco_utils.compute_reward).
@@ -104,7 +102,6 @@ class EnvConfig:
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0.0, name, value, "use a finite number of at least 0")
         _require(self.reach_length > 0.0, "reach_length", self.reach_length, "use a distance above 0, such as 0.05 m")
-        _require(0.0 <= self.retry_share <= 1.0, "retry_share", self.retry_share, "use 0 to 1")
         low, high = self.block_radius_range
         _require(0.0 < low <= high, "block_radius_range", (low, high), "order it as (nearest, farthest), above 0 m")
         above = self.block_pos[2] < self.lift_threshold
@@ -156,15 +153,11 @@ class EpisodeStats:
     clipped_targets: int  # control steps with a target outside the joint limits
     reward_terms: dict[str, float]  # sums over the episode; they add up to return_
     episode_index: int = 0  # 0 for the first episode after a seeded reset
-    retried: bool = False  # it started where an earlier one failed
-
-
-MAX_FAILED_STARTS = 8
 
 
 @dataclass
 class EpisodeLog:
-    """The running sums of the current episode, and where earlier ones failed; plain values, for a state as JSON."""
+    """The running sums of the current episode; plain values, so that a state can be written as JSON."""
 
     seed: int | None = None
     episode_index: int = -1
@@ -173,22 +166,12 @@ class EpisodeLog:
     max_height_m: float = 0.0
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
-    retried: bool = False
-    start: list[float] = field(default_factory=list)  # the block's x, y, z in m and yaw in rad
-    failed_starts: list[list[float]] = field(default_factory=list)  # of episodes that were not retries, newest last
 
-    def draw_failed_start(self, rng: np.random.Generator, share: float) -> list[float]:
-        """With probability `share` one of `failed_starts`, empty otherwise; draws nothing at share 0."""
-        if share > 0.0 and self.failed_starts and rng.random() < share:
-            return self.failed_starts[rng.integers(len(self.failed_starts))]
-        return []
-
-    def begin_after(self, seed: int | None, start: list[float], height_m: float, retried: bool) -> None:
+    def begin_after(self, seed: int | None, height_m: float) -> None:
         """Starts over: for the first episode of `seed`, or for the next one of the seed before if it is None."""
         self.episode_index = 0 if seed is not None else self.episode_index + 1
         self.seed = seed if seed is not None else self.seed
-        self.failed_starts = [] if seed is not None else self.failed_starts
-        self.start, self.max_height_m, self.retried = start, height_m, retried
+        self.max_height_m = height_m
         self.length, self.return_, self.clipped_targets, self.reward_terms = 0, 0.0, 0, {}
 
     def record(self, score: ChunkScore, row: int) -> None:
@@ -203,8 +186,6 @@ class EpisodeLog:
         for name, values in score.terms.items():
             for value in values[row, :steps].tolist():
                 self.reward_terms[name] = self.reward_terms.get(name, 0.0) + value
-        if score.truncated[row] and not self.retried:  # what retries fail at must not crowd out the rest
-            self.failed_starts = [*self.failed_starts, self.start][-MAX_FAILED_STARTS:]
 
     @classmethod
     def restored(cls, values: Mapping[str, Any]) -> EpisodeLog:
@@ -213,7 +194,7 @@ class EpisodeLog:
 
     def stats(self, env: int, success: bool) -> EpisodeStats:
         """The finished episode as `EpisodeStats` of environment `env`."""
-        values = {f.name: getattr(self, f.name) for f in fields(EpisodeStats) if f.name not in ("env", "success")}
+        values = asdict(self)
         return EpisodeStats(env=env, success=success, **values)
 
 
@@ -335,31 +316,11 @@ class PickScene:
         self.term_names = REWARD_TERMS[config.reward_mode]
         self.control_period_s = self.model.opt.timestep * config.steps_per_action
 
-    def begin_episode(
-        self,
-        data: mujoco.MjData,
-        rng: np.random.Generator,
-        log: EpisodeLog,
-        seed: int | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        """`reset`, and `log` starts over. An episode without seed and options may be a retry, see `retry_share`."""
-        failed = [] if seed is not None or options else log.draw_failed_start(rng, self.config.retry_share)
-        if failed:
-            options = {"block_pos": failed[:3], "block_yaw_rad": failed[3]}
-        start = self.reset(data, rng, options)
-        log.begin_after(seed, start, self.block_height(self.layout.row(data)), retried=bool(failed))
-
-    def reset(
-        self, data: mujoco.MjData, rng: np.random.Generator, options: Mapping[str, Any] | None = None
-    ) -> list[float]:
+    def reset(self, data: mujoco.MjData, rng: np.random.Generator, options: Mapping[str, Any] | None = None) -> None:
         """Writes the start of an episode into `data`, drawing from `rng` what the configuration randomises.
 
         Args:
             options: `block_pos` (3,) m and `block_yaw_rad` override the draw, for evaluations on a grid.
-
-        Returns:
-            Where the block starts: x, y, z in metres and its yaw in radians.
 
         Raises:
             ValueError: an unknown option, or a start that already counts as a success.
@@ -378,7 +339,6 @@ class PickScene:
         mujoco.mj_forward(self.model, data)
         if self.is_success(self.layout.row(data)):
             raise ValueError(f"block_pos {position} starts above lift_threshold {self.config.lift_threshold}: lower it")
-        return [*map(float, position), yaw]
 
     def _draw_block(self, rng: np.random.Generator) -> tuple[tuple[float, float, float], float]:
         config = self.config

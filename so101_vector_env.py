@@ -366,9 +366,10 @@ class BatchedVectorEnv(InProcessVectorEnv):
     def _start_episode(self, env: int, seed: int | None) -> None:
         if seed is not None:
             self._rngs[env] = seeding.np_random(seed)[0]
-        self.scene.begin_episode(self._data, self._rngs[env], self._logs[env], seed)
+        self.scene.reset(self._data, self._rngs[env])
         self._integration[env] = self.scene.integration_state(self._data)
         self._rows[env] = self.scene.layout.row(self._data)
+        self._logs[env].begin_after(seed, self.scene.block_height(self._rows[env]))
 
     def _observe(self, env: int) -> Observation:
         row, renderer = self._rows[env], self._shared_renderer()
