@@ -183,8 +183,6 @@ class TrainingConfig:
     """A random block lies within +- this about straight ahead."""
     block_yaw_deg: float = 0.4 * 180 / PI
     """And is turned by up to +- this."""
-    retry_share: float = 0.0
-    """Share of training episodes that start where one of the environment's last 8 failures did, not at random."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
     """Cameras to render; the policy's must be among them."""
     image_size: int = 256

@@ -34,7 +34,7 @@ NOT_NEGATIVE = (
 PI0_FIELDS = (
     "pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank", "pi0_vlm_dtype", "pi0_gradient_checkpointing",
 )  # fmt: skip
-FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio", "retry_share")
+FRACTIONS = ("gamma", "gae_lambda", "lr_decay_ratio", "noise_decay_start", "noise_decay_ratio")
 
 
 class ConfigError(UserError, ValueError):

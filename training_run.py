@@ -469,11 +469,8 @@ def evaluate_policy(
 
 def _rollout_metrics(info: RolloutInfo) -> dict[str, float]:
     """Means over the episodes that ended in the rollout."""
+    episodes = info.episodes
     metrics = {"time/rollout_env": info.seconds_env, "time/rollout_policy": info.seconds_policy}
-    retried = [e for e in info.episodes if e.retried]
-    if retried:
-        metrics["rollout/retry_success_rate"] = float(np.mean([e.success for e in retried]))
-    episodes = [e for e in info.episodes if not e.retried]  # retries are not the task's own distribution
     if not episodes:
         return metrics
     metrics |= {

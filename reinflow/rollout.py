@@ -29,7 +29,6 @@ class EpisodeStats(Protocol):
     max_height_m: float
     clipped_targets: int
     reward_terms: dict[str, float]
-    retried: bool  # it started where an earlier one failed
 
 
 class ChunkResult(Protocol):

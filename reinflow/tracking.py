@@ -30,8 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 METRICS: dict[str, str] = {
     "progress/iteration": "Iterations completed; the x axis of every other metric.",
     "progress/episodes": "Training episodes completed.",
-    "rollout/success_rate": "Share of the iteration's episodes that succeeded, with noise and without retries.",
-    "rollout/retry_success_rate": "The same of those that started where one had failed (retry_share).",
+    "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
     "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",
     "rollout/return_std": "Standard deviation of the undiscounted returns of the iteration's episodes.",
     "rollout/episode_length": "Mean control steps per episode.",

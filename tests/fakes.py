@@ -25,7 +25,6 @@ class FakeEpisode:
     max_height_m: float = 0.0
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
-    retried: bool = False
     env: int = 0
 
 
