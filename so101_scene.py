@@ -236,17 +236,22 @@ class SceneRenderer:
                 "(apt-get install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl, or install libosmesa6 and set "
                 "MUJOCO_GL=osmesa; or do without images: render_images=False with environment_state=True"
             ) from error
-        self.close = weakref.finalize(self, _free_contexts, self._gl, self._context)
-        self.close.atexit = False  # its own exit hook may run after EGL's; ours, registered later, runs before
-        atexit.register(self.close)
+        self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
+        self._free.atexit = False  # its own exit hook may run after EGL's; ours, registered later, runs before
+        atexit.register(self._free)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         for flag in ("SHADOW", "REFLECTION", "SKYBOX", "FOG", "HAZE"):
             self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
         self._option, self._rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, size, size)
 
+    def close(self) -> None:
+        """Frees the OpenGL context; nothing happens the second time."""
+        self._free()
+        atexit.unregister(self._free)  # every evaluation has a renderer of its own
+
     def render(self, qpos: Array) -> dict[str, NDArray[np.uint8]]:
         """Images {camera: (size, size, 3) uint8} of the configuration qpos (nq,), in fresh arrays."""
-        if not self.close.alive:
+        if not self._free.alive:
             raise RenderError("this renderer is closed")
         self._data.qpos[:] = qpos
         mujoco.mj_kinematics(self._model, self._data)
