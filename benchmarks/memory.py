@@ -7,12 +7,14 @@
 * Update: resident memory before, and its highest value during `PPOLearner.update` on 192 decisions, by minibatch; each
   in a fresh process, with the kernel's own high-water mark.
 * Flat: resident memory over many small iterations of the real loop (rollout, update, evaluation, log, checkpoint), and
-  a line fitted to it after the first fifth.
+  a line fitted to it after the first fifth. Beside it what of the C heap is in use (glibc's mallinfo2): resident memory
+  also moves by what the allocator keeps for later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
@@ -44,6 +46,23 @@ def status_mb(name: str) -> float:
     """A field of this process's status in MB: VmRSS, resident now, or VmHWM, its highest value."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
+
+
+class HeapInfo(ctypes.Structure):
+    """glibc's struct mallinfo2: ten sizes, of which the eighth counts the bytes in use."""
+
+    _fields_ = (
+        *((f"size_{index}", ctypes.c_size_t) for index in range(7)),
+        ("uordblks", ctypes.c_size_t),
+        *((f"size_{index}", ctypes.c_size_t) for index in (8, 9)),
+    )
+
+
+def heap_mb() -> float:
+    """MB that are in use on the C heap, all arenas together; Python's objects below 512 bytes are not among them."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = HeapInfo
+    return mallinfo2().uordblks / 2**20
 
 
 def small(num_envs: int, minibatch: int, chunks: int = 3, **overrides: Any) -> TrainingConfig:
@@ -107,8 +126,8 @@ def update_row_in_child(minibatch: int) -> Row:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def resident_memory(config: TrainingConfig) -> list[float]:
-    """MB after every iteration of the loop of train_reinflow.train."""
+def memory_by_iteration(config: TrainingConfig) -> list[tuple[float, float]]:
+    """MB resident, and in use on the heap, after every iteration of the loop of train_reinflow.train."""
     samples = []
     with TrainingRun.open(config) as run:
         for iteration in run.iterations():
@@ -117,7 +136,7 @@ def resident_memory(config: TrainingConfig) -> list[float]:
                 run.evaluate()
             run.log()
             run.save_if_due()
-            samples.append(status_mb("VmRSS"))
+            samples.append((status_mb("VmRSS"), heap_mb()))
     return samples
 
 
@@ -132,18 +151,19 @@ def flat_row(iterations: int) -> Row:
             2, 2, chunks=1, num_episodes=2 * iterations, eval_interval=50, eval_episodes=2, save_interval=100,
             report_episodes=0, wandb_enabled=False, output_dir=str(Path(directory) / "run"),
         )  # fmt: skip
-        samples = np.array(resident_memory(config))
+        resident, heap = np.array(memory_by_iteration(config)).T
     # Early iterations fill caches: the line starts later.
     first = int(WARM_UP * iterations)
     at = np.arange(first, iterations)
-    slope = float(np.polyfit(at, samples[first:], 1)[0])
+    slopes = [100 * float(np.polyfit(at, values[first:], 1)[0]) for values in (resident, heap)]
     return {
         "iterations": iterations,
-        "after the first, MB": float(samples[0]),
-        f"after {first + 1}, MB": float(samples[first]),
-        "at the end, MB": float(samples[-1]),
-        "highest, MB": float(samples.max()),
-        "growth, MB per 100 iterations": 100 * slope,
+        "after the first, MB": float(resident[0]),
+        f"after {first + 1}, MB": float(resident[first]),
+        "at the end, MB": float(resident[-1]),
+        "highest, MB": float(resident.max()),
+        "growth, MB per 100 iterations": slopes[0],
+        "heap in use: growth, MB per 100 iterations": slopes[1],
     }
 
 
