@@ -1,6 +1,6 @@
 """Memory of the tiny preset: the rollout buffer, the update's peak, and whether a long run stays flat. Linux only.
 
-    python benchmarks/memory.py [--quick] [--csv FILE] [--iterations 1000]
+    python benchmarks/memory.py [--quick] [--csv FILE] [--iterations 1000] [--only flat]
 
 * Buffer: bytes of the tensors that a rollout keeps per decision, by number of cameras. Extra cameras are shown to the
   embedded policy, which was not trained on them: sizes do not depend on that.
@@ -65,13 +65,14 @@ def heap_mb() -> float:
     return mallinfo2().uordblks / 2**20
 
 
-def small(num_envs: int, minibatch: int, chunks: int = 3, **overrides: Any) -> TrainingConfig:
-    """The tiny preset with one episode of `chunks` decisions per environment and iteration."""
+def small(num_envs: int, minibatch: int, chunks: int = 3, steps: int = 50, **overrides: Any) -> TrainingConfig:
+    """The tiny preset with one episode of `chunks` decisions, `steps` control steps each, per environment and
+    iteration."""
     config = PRESETS["tiny"]
     return dataclasses.replace(
         config, num_parallel_envs=num_envs, episodes_per_iteration=num_envs, minibatch_size=minibatch,
         gradient_accumulation_steps=num_envs * chunks // minibatch, num_critic_epochs=2,
-        chunks_per_episode=chunks, max_steps_per_episode=chunks * config.n_action_steps, **overrides,
+        chunks_per_episode=chunks, n_action_steps=steps, max_steps_per_episode=chunks * steps, **overrides,
     )  # fmt: skip
 
 
@@ -141,15 +142,15 @@ def memory_by_iteration(config: TrainingConfig) -> list[tuple[float, float]]:
 
 
 def flat_row(iterations: int) -> Row:
-    """Growth of a run of many small iterations: episodes of one chunk in two environments."""
+    """Growth of a run of many small iterations: episodes of one chunk of 10 control steps in two environments."""
     with (
         tempfile.TemporaryDirectory() as directory,
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
         config = small(
-            2, 2, chunks=1, num_episodes=2 * iterations, eval_interval=50, eval_episodes=2, save_interval=100,
-            report_episodes=0, wandb_enabled=False, output_dir=str(Path(directory) / "run"),
+            2, 2, chunks=1, steps=10, num_episodes=2 * iterations, eval_interval=50, eval_episodes=2,
+            save_interval=100, report_episodes=0, wandb_enabled=False, output_dir=str(Path(directory) / "run"),
         )  # fmt: skip
         resident, heap = np.array(memory_by_iteration(config)).T
     # Early iterations fill caches: the line starts later.
@@ -171,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = make_parser(__doc__)
     parser.add_argument("--iterations", type=int, default=1000)
+    parser.add_argument("--only", choices=("buffer", "update", "flat"), help="one of the three tables")
     parser.add_argument("--minibatch", type=int, help="measure one update in this process and print it as JSON")
     args = parser.parse_args(argv)
     if not Path("/proc/self/clear_refs").exists():
@@ -182,10 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.iterations, counts = 3, (1,)
     args.repeats = 1  # sizes do not scatter
-    report([buffer_row(count, 2 if args.quick else 8) for count in counts], args, "tensor bytes", "buffer")
-    updates = [update_row(6, 2)] if args.quick else [update_row_in_child(size) for size in MINIBATCHES]
-    report(updates, args, "1 torch thread", "update")
-    report([flat_row(args.iterations)], args, "2 environments, episodes of one chunk", "flat")
+    if args.only in (None, "buffer"):
+        report([buffer_row(count, 2 if args.quick else 8) for count in counts], args, "tensor bytes", "buffer")
+    if args.only in (None, "update"):
+        updates = [update_row(6, 2)] if args.quick else [update_row_in_child(size) for size in MINIBATCHES]
+        report(updates, args, "1 torch thread", "update")
+    if args.only in (None, "flat"):
+        report([flat_row(args.iterations)], args, "2 environments, episodes of one chunk of 10 steps", "flat")
 
 
 if __name__ == "__main__":
