@@ -67,10 +67,10 @@ def heap_mb() -> float:
 
 def small(num_envs: int, minibatch: int, chunks: int = 3, steps: int = 50, **overrides: Any) -> TrainingConfig:
     """The tiny preset with one episode of `chunks` decisions, `steps` control steps each, per environment and
-    iteration."""
+    iteration, on one torch thread."""
     config = PRESETS["tiny"]
     return dataclasses.replace(
-        config, num_parallel_envs=num_envs, episodes_per_iteration=num_envs, minibatch_size=minibatch,
+        config, num_threads=1, num_parallel_envs=num_envs, episodes_per_iteration=num_envs, minibatch_size=minibatch,
         gradient_accumulation_steps=num_envs * chunks // minibatch, num_critic_epochs=2,
         chunks_per_episode=chunks, n_action_steps=steps, max_steps_per_episode=chunks * steps, **overrides,
     )  # fmt: skip
