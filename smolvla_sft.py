@@ -3,6 +3,7 @@
 The loss is LeRobot's own `SmolVLAPolicy.forward`. What differs from lerobot-train is where the batches come from:
 the dataset is read and decoded once, three quarters of each batch are the frames that matter (those a policy decides
 at: control steps 0, 50, 100, give or take a few), and with a frozen vision tower its image tokens are computed once.
+Language model and state_proj stay as they were pre-trained unless asked for.
 lerobot-train samples frames uniformly, and the arm's own pose gives the answer away in all but the first of them: a
 tiny policy trained so does not learn to look. Speeds of both are in model/tiny_smolvla/README.md.
 

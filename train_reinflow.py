@@ -111,8 +111,8 @@ class TrainingConfig:
     gae_lambda: float = 0.95
     """Bias against variance in the advantage; counts decisions, or control steps with credit=control_step."""
     credit: Literal["decision", "control_step"] = "decision"
-    """What the critic values: decisions, or every control step by the simulator's state, so that each executed action
-    has an advantage of its own (with white noise; a cosine takes that of the chunk's first step)."""
+    """What has a value of its own: decisions, or every control step by the simulator's state, so that each executed
+    action has its own advantage (with white noise; a cosine takes that of the chunk's first step)."""
     value_clip_epsilon: float = 0.2
     """Clip of the value update, in standard deviations of the return; 0 is off."""
     entropy_coeff: float = 0.0

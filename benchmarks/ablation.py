@@ -27,8 +27,9 @@ EPISODES_PER_ITERATION, EVAL_SEED = 256, 7_000
 WHOLE_ROLLOUT = ["--minibatch-size", "128", "--gradient-accumulation-steps", "6"]  # 256 x 3 decisions
 ADAM = ["--policy-optimizer", "adam", "--policy-lr", "1e-4", "--undo-overshoot"]
 WHITE = ["--noise-basis", "white", "--log-prob-reduction", "action", "--sigma-min", ".05", "--sigma-max", ".05"]
-PER_STEP = ["--credit", "control_step", "--gae-lambda", ".99", "--num-critic-epochs", "2"]
-# The same bandwidth and the same noise per action as the preset's 5 cosines over 50 actions; lambda by duration.
+# Lambda decays as fast in time as the preset's .7 for 50 control steps, here and below.
+PER_STEP = ["--credit", "control_step", "--gae-lambda", ".993", "--num-critic-epochs", "2"]
+# About the noise per action of the preset (5 cosines over 50 actions), at about its bandwidth.
 CHUNK_25 = [
     "--chunk-size", "25", "--n-action-steps", "25", "--chunks-per-episode", "6", "--num-noise-coefficients", "3",
     "--gae-lambda", ".84", "--gradient-accumulation-steps", "12",
@@ -116,12 +117,14 @@ def starting_policy(lever: str, out: Path) -> str:
 
 def start_success(lever: str, out: Path, eval_episodes: int) -> float:
     """Noise-free success of the policy that the lever starts from, on the seeds of all levers."""
-    policy = starting_policy(lever, out)
-    result = out / f"eval_{Path(policy).name}_{eval_episodes}"
+    policy, flags = starting_policy(lever, out), LEVERS[lever]
+    steps = flags[flags.index("--num-denoising-steps") + 1] if "--num-denoising-steps" in flags else "1"
+    result = out / f"eval_{Path(policy).name}_K{steps}_{eval_episodes}"
     if not (result / "eval_info.json").exists():
         run_script(
             "reinflow_eval.py", out / f"{result.name}.log", "--output-dir", str(result), "--seed", str(EVAL_SEED),
             "--policy-path", "flow_mlp" if policy == "embedded" else policy, "--episodes", str(eval_episodes),
+            "--num-denoising-steps", steps, "--num-parallel-envs", "64",
         )  # fmt: skip
     return json.loads((result / "eval_info.json").read_text())["overall"]["pc_success"] / 100
 

@@ -15,11 +15,11 @@ import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
 from _common import Row, make_parser, report
 from torch import Tensor
 
+from so101_scene import PickScene
 from so101_vector_env import make_vector_env
 from train_reinflow import PRESETS, TrainingConfig
 from training_run import build_policy, env_config
@@ -31,18 +31,13 @@ RIDGES = (3.0, 30.0, 300.0, 3000.0)
 def scenes(config: TrainingConfig, count: int) -> tuple[Tensor, Tensor]:
     """Prefix features (M, F) and block positions (M, 2) in metres of `count` starts, seeds 0, 1, ..."""
     policy = build_policy(config, "cpu")
-    features, places = [], []
+    features, places, layout = [], [], PickScene(env_config(config)).layout
     with make_vector_env(env_config(config), BATCH, autoreset=False) as env, torch.no_grad():
         for first in range(0, count, BATCH):
             observation = env.reset(range(first, first + BATCH))
             features.append(policy.encode(policy.preprocess(observation))["features"])
-            places.append(block_places(env.get_state()["rows"], env))
+            places.append(torch.from_numpy(layout.scene_state(env.get_state()["rows"]).block_pos[:, :2].copy()))
     return torch.cat(features).double(), torch.cat(places)
-
-
-def block_places(rows: np.ndarray, env) -> Tensor:
-    """Recorded instants (N, R) -> the block's x and y (N, 2)."""
-    return torch.from_numpy(env.scene.layout.scene_state(rows).block_pos[:, :2].copy())
 
 
 def ridge(features: Tensor, targets: Tensor, strength: float) -> Tensor:

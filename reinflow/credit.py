@@ -2,10 +2,10 @@
 
 Dimensions as in reinflow/flow.py; S is the length of the privileged state, R the number of rows the critic learns from.
 
-By decision, the critic values what the policy saw and GAE counts chunks. By control step, a critic on the simulator's
-state values every step inside the chunks (an asymmetric actor-critic: it is not deployed), GAE counts control steps,
-and each executed action has an advantage of its own: what came of a chunk's last actions no longer depends on how its
-first ones turned out.
+By decision, the critic values the moments at which the policy chose a chunk, and GAE counts chunks. By control step, a
+critic on the simulator's state values every step inside the chunks (an asymmetric actor-critic: it is not deployed),
+GAE counts control steps, and each executed action has an advantage of its own: what came of a chunk's last actions no
+longer depends on how its first ones turned out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reinflow.rollout import RolloutBuffer
 
 
 class Credit(NamedTuple):
-    """Advantages and value targets in return units."""
+    """Advantages, and what the critic is to learn, in return units until the learner normalises the values."""
 
     advantage: Tensor  # (T, N) of decisions, or (T, N, n) of actions, 0 where none was executed
     context: Context  # R rows for the critic
@@ -52,7 +52,7 @@ def control_step_credit(
     """GAE over control steps: R executed steps.
 
     Args:
-        buffer: a rollout with ``steps``.
+        buffer: a rollout with ``states`` and ``step_reward``.
         policy: its critic reads the privileged state; the weights that collected the rollout.
         normalizer: turns the critic's output into return units, as it did during the rollout.
         gamma: discount of one control step.
@@ -62,9 +62,9 @@ def control_step_credit(
     Raises:
         ValueError: the rollout did not record its control steps.
     """
-    if buffer.steps is None:
+    if buffer.states is None or buffer.step_reward is None:
         raise ValueError("the rollout holds no control steps: collect it with RolloutSettings(credit='control_step')")
-    active, states = buffer.active, buffer.steps.states
+    active, states = buffer.active, buffer.states
     # One chunk step at a time: the hidden layer of all of them would be the largest tensor of the update.
     values = torch.stack([normalizer.denormalize(policy.value(policy.state_context(row))) for row in states])
     last = torch.arange(active.shape[2], device=active.device) == active.sum(2, keepdim=True) - 1
@@ -74,7 +74,7 @@ def control_step_credit(
     if time_limit_is_terminal:
         after = after.masked_fill(timed_out, 0.0)
     advantages, returns = ppo.compute_gae(
-        _by_time(buffer.steps.rewards * active), _by_time(before), _by_time(after), _by_time(terminated),
+        _by_time(buffer.step_reward * active), _by_time(before), _by_time(after), _by_time(terminated),
         _by_time(timed_out | ~active), torch.full_like(_by_time(before), gamma), gae_lambda,
     )  # fmt: skip
     rows = _by_time(active)

@@ -106,8 +106,9 @@ class EvalResult:
 
     @property
     def standard_error(self) -> float:
-        """Of the success rate, as a binomial proportion."""
-        return math.sqrt(self.success_rate * (1 - self.success_rate) / len(self.episodes))
+        """Of the success rate; one success and one failure are added, so that it is not 0 where nothing failed."""
+        rate = (self.num_successes + 1) / (len(self.episodes) + 2)
+        return math.sqrt(rate * (1 - rate) / len(self.episodes))
 
     @property
     def interval(self) -> tuple[float, float]:

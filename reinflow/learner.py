@@ -78,15 +78,6 @@ class Decisions:
         return Decisions(context, *(tensor[rows] for tensor in rest))
 
 
-@dataclass
-class ValueTargets:
-    """What the critic learns from: R decisions, or executed control steps."""
-
-    context: Context
-    value: Tensor  # (R,) when the rollout was collected, in normalised return units
-    target: Tensor  # (R,) normalised returns
-
-
 def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Index batches of exactly ``batch`` rows from ``epochs`` shuffled passes over ``num`` rows.
 
@@ -140,8 +131,8 @@ class PPOLearner:
             group["lr"] = lr
         credit = self._credit(buffer)
         metrics = _credit_metrics(buffer, credit)
-        targets = self._value_targets(credit)
-        metrics["critic/target_shift"] = (targets.target - targets.value).mean().item()
+        normalized = self._normalize(credit)
+        metrics["critic/target_shift"] = (normalized.target - normalized.value).mean().item()
         data = self._decisions(buffer, credit)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
@@ -149,7 +140,7 @@ class PPOLearner:
                 data.anchor = self._anchor(data, self.starting_policy)
             natural = isinstance(self.policy_optimizer, NaturalGradient)
             metrics |= self._natural_step(data, lr_factor) if natural else self._update_policy(data)
-        metrics |= self._update_critic(targets)
+        metrics |= self._update_critic(normalized)
         for optimizer in (self.policy_optimizer, self.critic_optimizer):
             optimizer.zero_grad(set_to_none=True)  # memory that the next rollout can use
         return metrics
@@ -163,12 +154,12 @@ class PPOLearner:
             gamma=s.gamma, gae_lambda=s.gae_lambda, time_limit_is_terminal=s.time_limit_is_terminal,
         )  # fmt: skip
 
-    def _value_targets(self, credit: Credit) -> ValueTargets:
-        """Normalise by statistics that include this rollout's returns."""
+    def _normalize(self, credit: Credit) -> Credit:
+        """Values and targets by statistics that include this rollout's returns."""
         # What the network itself put out: the clip range around it must not move with the statistics.
         old_outputs = self.normalizer.normalize(credit.value)
         self.normalizer.update(credit.target)
-        return ValueTargets(credit.context, old_outputs, self.normalizer.normalize(credit.target))
+        return credit._replace(value=old_outputs, target=self.normalizer.normalize(credit.target))
 
     def _decisions(self, buffer: RolloutBuffer, credit: Credit) -> Decisions:
         """Flatten the rollout."""
@@ -354,17 +345,17 @@ class PPOLearner:
         for parameter, saved in zip(self.policy.policy_parameters(), snapshot, strict=True):
             parameter.copy_(saved)
 
-    def _update_critic(self, targets: ValueTargets) -> dict[str, float]:
-        """Value regression for all epochs; it shares no parameter with the policy and needs no KL stop."""
+    def _update_critic(self, credit: Credit) -> dict[str, float]:
+        """Regression of normalised values; it shares no parameter with the policy and needs no KL stop."""
         s, log = self.settings, _MeanLog()
         parameters = self.policy.critic_parameters()
         if not parameters:
             return {}
-        context = {name: targets.context[name] for name in self._critic_inputs(targets.context)}
+        context = {name: credit.context[name] for name in self._critic_inputs(credit.context)}
         self.policy.observe(context)
-        for rows in full_batches(len(targets.target), s.batch_size, s.num_critic_epochs, self.generator):
+        for rows in full_batches(len(credit.target), s.batch_size, s.num_critic_epochs, self.generator):
             values = self.policy.value({name: tensor[rows] for name, tensor in context.items()})
-            loss, _ = ppo.value_loss(values, targets.value[rows], targets.target[rows], s.value_clip_epsilon)
+            loss, _ = ppo.value_loss(values, credit.value[rows], credit.target[rows], s.value_clip_epsilon)
             self.critic_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip_norm).item()

@@ -56,14 +56,6 @@ class ChunkVectorEnv(Protocol):
 
 
 @dataclass
-class ControlSteps:
-    """What happened inside the chunks. S: length of the simulator's privileged state."""
-
-    states: Tensor  # (T, N, n+1, S) before each control step and after the last; 0 after the episode's end
-    rewards: Tensor  # (T, N, n)
-
-
-@dataclass
 class RolloutBuffer:
     """T chunk steps of N environments; every tensor starts with [T, N]."""
 
@@ -77,7 +69,9 @@ class RolloutBuffer:
     discount: Tensor  # (T, N) gamma**tau
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    steps: ControlSteps | None = None  # with RolloutSettings(credit="control_step")
+    # Inside the chunks, with RolloutSettings(credit="control_step"). S: length of the simulator's privileged state.
+    states: Tensor | None = None  # (T, N, n+1, S) before each control step and after the last; 0 after the end
+    step_reward: Tensor | None = None  # (T, N, n)
 
     @property
     def num_decisions(self) -> int:
@@ -157,7 +151,6 @@ def collect_rollout(
         generator: of x_0 and the exploration noise, on the policy's device.
     """
     rows: list[dict[str, Tensor]] = []
-    inside: list[ControlSteps] = []
     contexts: Context = {}
     episodes: list[Any] = []
     noise_stds, seconds_env, start = [], 0.0, time.perf_counter()
@@ -182,15 +175,14 @@ def collect_rollout(
             "truncated": torch.as_tensor(result.truncated),
         })  # fmt: skip
         if settings.credit == "control_step":
-            inside.append(_control_steps(cursor, result))
+            rows[-1] |= _control_steps(cursor, result)
         episodes.extend(result.episodes)
         cursor = following
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
     info = RolloutInfo(episodes, float(np.mean(noise_stds)), seconds_env, seconds_policy)
-    steps = _stack_control_steps(inside, device) if inside else None
-    return RolloutBuffer(context=contexts, steps=steps, **stacked), info, cursor
+    return RolloutBuffer(context=contexts, **stacked), info, cursor
 
 
 def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context) -> None:
@@ -202,19 +194,14 @@ def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context)
         contexts[name][step].copy_(tensor)
 
 
-def _control_steps(cursor: Cursor, result: ChunkResult) -> ControlSteps:
-    """One chunk step: states (N, n+1, S) and rewards (N, n)."""
+def _control_steps(cursor: Cursor, result: ChunkResult) -> dict[str, Tensor]:
+    """Inside one chunk step: states (N, n+1, S) and rewards (N, n)."""
     if cursor.state is None or result.environment_states is None:
         raise ValueError(
             "credit=control_step needs the simulator's state: build the environment with environment_state=True"
         )
     states = np.concatenate([cursor.state[:, None], result.environment_states], axis=1)
-    return ControlSteps(torch.as_tensor(states), torch.as_tensor(result.rewards, dtype=torch.float32))
-
-
-def _stack_control_steps(steps: list[ControlSteps], device: torch.device) -> ControlSteps:
-    states, rewards = (torch.stack([getattr(s, name) for s in steps]).to(device) for name in ("states", "rewards"))
-    return ControlSteps(states, rewards)
+    return {"states": torch.as_tensor(states), "step_reward": torch.as_tensor(result.rewards, dtype=torch.float32)}
 
 
 def act(

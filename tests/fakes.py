@@ -48,20 +48,30 @@ class ReachEnv:
 
     An episode is two chunks and then truncated.
 
-    With ``terminate_at`` the episode ends inside its first chunk after that many control steps.
+    With ``terminate_at`` the episode ends inside its first chunk after that many control steps. With ``clock`` the last
+    state entry counts the episode's control steps.
     """
 
-    def __init__(self, num_envs: int, terminate_at: int | None = None, action_dim: int = ACTION_DIM):
-        self.num_envs, self.terminate_at, self.action_dim = num_envs, terminate_at, action_dim
+    def __init__(
+        self, num_envs: int, terminate_at: int | None = None, action_dim: int = ACTION_DIM, clock: bool = False
+    ):
+        self.num_envs, self.terminate_at, self.action_dim, self.clock = num_envs, terminate_at, action_dim, clock
 
     def reset(self, seeds: Sequence[int]) -> dict[str, Any]:
         self.rngs = [np.random.default_rng(s) for s in seeds]
         self.states = np.stack([r.uniform(-1, 1, self.action_dim + 1) for r in self.rngs])
         self.age = np.zeros(self.num_envs, dtype=int)
+        self.steps = np.zeros(self.num_envs, dtype=int)
         return self._observe()
 
     def _observe(self) -> dict[str, Any]:
-        return {"environment_state": self.states.astype(np.float32).copy()}
+        return {"environment_state": self._states_at(self.steps)}
+
+    def _states_at(self, steps: np.ndarray) -> np.ndarray:
+        states = self.states.astype(np.float32).copy()
+        if self.clock:
+            states[:, -1] = steps
+        return states
 
     def step_chunk(self, actions: np.ndarray) -> FakeResult:
         n = actions.shape[1]
@@ -72,8 +82,9 @@ class ReachEnv:
             active[:, self.terminate_at :] = False
             terminated[:] = True
         rewards = rewards * active
-        inside = np.repeat(self.states[:, None].astype(np.float32), n, axis=1) * active[..., None]
+        inside = np.stack([self._states_at(self.steps + i + 1) for i in range(n)], axis=1) * active[..., None]
         self.age += 1
+        self.steps += active.sum(1)
         truncated = (self.age >= 2) & ~terminated
         final = self._observe() if truncated.any() else None
         if final is not None:
@@ -83,7 +94,7 @@ class ReachEnv:
             for i in np.flatnonzero(truncated | terminated)
         ]
         for i in np.flatnonzero(truncated | terminated):
-            self.states[i], self.age[i] = self.rngs[i].uniform(-1, 1, self.action_dim + 1), 0
+            self.states[i], self.age[i], self.steps[i] = self.rngs[i].uniform(-1, 1, self.action_dim + 1), 0, 0
         ends = (terminated, truncated, np.flatnonzero(truncated))
         return FakeResult(self._observe(), rewards, active, *ends, final, inside, episodes)
 

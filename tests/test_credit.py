@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,19 +23,27 @@ def credit_of(buffer, policy, gamma=0.9, gae_lambda=1.0, time_limit_is_terminal=
     )  # fmt: skip
 
 
-def first_entry(context):
-    """A critic that returns the first entry of the state."""
-    return context["state"][..., 0]
+def clock(context):
+    """A critic that returns the control steps done in the episode, the fake's last state entry."""
+    return context["state"][..., -1]
+
+
+def clock_loop(terminate_at=None):
+    """Episodes of two chunks of four steps, or of ``terminate_at`` steps, in three environments."""
+    loop = Loop(WHITE, PER_STEP, num_envs=3)
+    loop.env = ReachEnv(3, terminate_at, clock=True)
+    loop.cursor = Cursor.at(loop.policy, loop.env.reset(range(3)))
+    loop.policy.value = clock
+    return loop
 
 
 @pytest.mark.parametrize("terminate_at", [None, 3])
 def test_targets_are_the_discounted_rewards_to_the_episodes_end(terminate_at):
-    """lambda 1 and no bootstrap: whatever the critic says, a target is the sum over what is left of the episode."""
-    loop = Loop(WHITE, PER_STEP, num_envs=3, terminate_at=terminate_at)
-    loop.policy.value = first_entry
+    """lambda 1 and no bootstrap: whatever the critic says of each step, its target is the sum over what is left."""
+    loop = clock_loop(terminate_at)
     buffer, _ = loop.rollout(4)
     credit = credit_of(buffer, loop.policy)
-    targets = iter(credit.target.tolist())
+    rows = zip(credit.target.tolist(), credit.value.tolist(), clock(credit.context).tolist(), strict=True)
     steps = [(t, i) for t in range(4) for i in range(4)]
     chunks_per_episode = 2 if terminate_at is None else 1
     for at, (t, i) in enumerate(steps):
@@ -45,30 +52,32 @@ def test_targets_are_the_discounted_rewards_to_the_episodes_end(terminate_at):
                 assert credit.advantage[t, env, i] == 0.0
                 continue
             own = [s for s in steps[at:] if s[0] // chunks_per_episode == t // chunks_per_episode]
-            rewards = [buffer.steps.rewards[u, env, j].item() for u, j in own if buffer.active[u, env, j]]
+            rewards = [buffer.step_reward[u, env, j].item() for u, j in own if buffer.active[u, env, j]]
             expected = sum(0.9**k * r for k, r in enumerate(rewards))
-            assert next(targets) == pytest.approx(expected, abs=1e-5)
-            value = buffer.steps.states[t, env, i, 0].item()
-            assert credit.advantage[t, env, i].item() == pytest.approx(expected - value, abs=1e-5)
-    assert next(targets, None) is None
+            done = t % chunks_per_episode * 4 + i  # control steps of the episode before this one
+            target, value, seen = next(rows)
+            assert target == pytest.approx(expected, abs=1e-5) and value == seen == done
+            assert credit.advantage[t, env, i].item() == pytest.approx(expected - done, abs=1e-5)
+    assert next(rows, None) is None
 
 
-def test_a_time_limit_bootstraps_from_its_own_last_state():
-    loop = Loop(WHITE, PER_STEP, num_envs=3)
-    loop.policy.value = first_entry
-    shown = loop.env.states[:, 0].astype(np.float32).copy()
+@pytest.mark.parametrize("terminal", [True, False])
+def test_one_step_targets_look_at_the_next_state_and_at_an_episodes_own_last_one(terminal):
+    loop = clock_loop()
     buffer, _ = loop.rollout(2)
-    credit = credit_of(buffer, loop.policy, gae_lambda=0.0, time_limit_is_terminal=False)
-    last = buffer.steps.rewards[1, :, -1] + 0.9 * torch.from_numpy(shown)
-    assert torch.allclose(credit.target[-3:], last, atol=1e-5)
+    credit = credit_of(buffer, loop.policy, gae_lambda=0.0, time_limit_is_terminal=terminal)
+    following = torch.arange(1.0, 9.0)  # the last of them stands where the time limit struck
+    following[-1] = 0.0 if terminal else 8.0
+    rewards = buffer.step_reward.transpose(1, 2).flatten(0, 1)
+    assert torch.allclose(credit.target.view(8, 3), rewards + 0.9 * following[:, None], atol=1e-5)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_chunks_of_one_step_have_the_credit_of_their_decisions(terminal):
     """With n = 1 the two ways are the same formula over the same numbers."""
     policy = make_policy(chunk=1)
-    policy.value = first_entry
-    env, settings = ReachEnv(5), RolloutSettings(0.9, "control_step", terminal, "control_step")
+    policy.value = clock
+    env, settings = ReachEnv(5, clock=True), RolloutSettings(0.9, "control_step", terminal, "control_step")
     cursor = Cursor.at(policy, env.reset(range(5)))
     generator = torch.Generator().manual_seed(0)
     buffer, _, _ = collect_rollout(policy, env, cursor, 6, WHITE, settings, ReturnNormalizer(), generator)
@@ -107,7 +116,7 @@ def test_learns_the_fake_task_from_advantages_of_single_actions():
 def test_a_rollout_without_states_is_refused():
     loop = Loop(WHITE, SETTINGS)
     buffer, _ = loop.rollout(2)
-    assert buffer.steps is None
+    assert buffer.states is None
     with pytest.raises(ValueError, match="holds no control steps"):
         credit_of(buffer, loop.policy)
     loop.cursor.state = None

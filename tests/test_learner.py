@@ -195,11 +195,13 @@ def test_metrics_say_what_rewards_explain_and_what_the_critic_adds():
     expected = buffer.reward.clone()
     expected[0::2] += buffer.discount[0::2] * buffer.reward[1::2]  # episodes of two chunks
     credit = loop.learner._credit(buffer)
-    metrics, targets = _credit_metrics(buffer, credit), loop.learner._value_targets(credit)
+    metrics, normalized = _credit_metrics(buffer, credit), loop.learner._normalize(credit)
     assert metrics["critic/reward_to_go_mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
     assert metrics["critic/bootstrap_mean"] == pytest.approx(7.0)
     assert metrics["critic/return_mean"] > metrics["critic/reward_to_go_mean"] + 5
-    assert (targets.target - targets.value).mean().item() == pytest.approx(-7.0, abs=1e-5)  # as the critic put it out
+    assert (normalized.target - normalized.value).mean().item() == pytest.approx(
+        -7.0, abs=1e-5
+    )  # as the critic put it out
 
 
 def test_metrics_show_the_gradient_norm_of_the_first_and_the_last_step():

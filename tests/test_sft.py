@@ -27,7 +27,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base / "policy", base / "demos"
 
 
-@pytest.mark.parametrize(("train_vision", "train_prefix"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("train_vision", "train_prefix"), [(False, False), (False, True), (True, False)])
 def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: bool, train_prefix: bool) -> None:
     config = smolvla_sft.SftConfig(
         policy_dir=start[0],
