@@ -91,7 +91,7 @@ def buffer_row(cameras: int, num_envs: int) -> Row:
         run.env.close()
     tensors = {f"context {name}": tensor for name, tensor in buffer.context.items()}
     tensors |= {f.name: getattr(buffer, f.name) for f in dataclasses.fields(buffer) if f.name != "context"}
-    sizes = {name: tensor.nbytes / buffer.num_decisions for name, tensor in tensors.items()}
+    sizes = {name: t.nbytes / buffer.num_decisions for name, t in tensors.items() if t is not None}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
     row: Row = {"cameras": cameras, "bytes a decision": round(sum(sizes.values()))}
     row |= {name: round(sizes[name]) for name in largest}

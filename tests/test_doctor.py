@@ -72,7 +72,8 @@ FAKE = {
     "policy_optimizer": "adam", "natural_damping": 0.1, "natural_momentum": 0.0, "anchor_coeff": 0.0,
     "policy_lr": 1e-4, "critic_lr": 3e-3, "clip_epsilon": 0.05, "target_kl": 0.0, "undo_overshoot": False,
     "num_ppo_epochs": 5, "num_critic_epochs": 5, "minibatch_size": 32, "gradient_accumulation_steps": 1,
-    "gae_lambda": 0.95, "value_clip_epsilon": 0.2, "entropy_coeff": 0.0, "grad_clip_norm": 0.25,
+    "gamma": 0.99, "gae_lambda": 0.95, "credit": "decision", "value_clip_epsilon": 0.2, "entropy_coeff": 0.0,
+    "grad_clip_norm": 0.25,
     "sigma_min": 0.08, "sigma_max": 0.16, "log_prob_reduction": "chunk", "train_noise_head": True,
     "episodes_per_iteration": 64, "time_limit_is_terminal": True,
 }  # fmt: skip
