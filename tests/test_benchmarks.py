@@ -50,7 +50,9 @@ def test_kl_scaling(tmp_path):
 
 def test_perception(tmp_path):
     rows = quick("perception", tmp_path)[""]
-    assert rows[0]["block"] == "all" and 0 < float(rows[0]["median mm"]) < 100
+    assert (
+        rows[0]["block"] == "all" and 0 < float(rows[0]["median mm"]) < 15
+    )  # 3.7; a prefix that forgot is off by more
     assert {row["block"].split()[0] for row in rows} == {"all", "r", "angle"}
 
 

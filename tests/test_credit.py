@@ -9,7 +9,7 @@ from reinflow.credit import control_step_credit, decision_credit
 from reinflow.flow import ChainSpec, group_advantage
 from reinflow.ppo import ReturnNormalizer
 from reinflow.rollout import Cursor, RolloutSettings, collect_rollout
-from tests.fakes import ReachEnv, clone_half_the_way, make_policy
+from tests.fakes import ReachEnv, make_policy
 from tests.test_learner import SETTINGS, Loop
 
 PER_STEP = replace(SETTINGS, credit="control_step")
@@ -101,14 +101,7 @@ def test_learns_the_fake_task_from_advantages_of_single_actions():
     settings = replace(
         PER_STEP, policy_lr=1e-3, target_kl=0.03, undo_overshoot=True, minibatch_size=128, num_critic_epochs=1
     )
-    loop = Loop(WHITE, settings, num_envs=128)
-    clone_half_the_way(loop.policy)
-    loop.cursor = Cursor.at(loop.policy, loop.env._observe())
-    returns = []
-    for _ in range(25):
-        buffer, info = loop.rollout()
-        metrics = loop.learner.update(buffer)
-        returns.append(sum(e.return_ for e in info.episodes) / len(info.episodes))
+    returns, metrics = Loop(WHITE, settings, num_envs=128).learn(25)
     assert sum(returns[-3:]) > 0.88 * sum(returns[:3])
     assert metrics["ppo/explained_variance"] > 0.1
 

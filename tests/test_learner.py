@@ -40,6 +40,17 @@ class Loop:
         )  # fmt: skip
         return buffer, info
 
+    def learn(self, iterations):
+        """From half of the way on; mean return of every iteration, and the metrics of the last."""
+        clone_half_the_way(self.policy)
+        self.cursor = Cursor.at(self.policy, self.env._observe())
+        returns = []
+        for _ in range(iterations):
+            buffer, info = self.rollout()
+            metrics = self.learner.update(buffer)
+            returns.append(sum(e.return_ for e in info.episodes) / len(info.episodes))
+        return returns, metrics
+
 
 @pytest.mark.parametrize(
     ("spec", "target_kl"),
@@ -51,14 +62,7 @@ def test_learns_the_fake_task(spec, target_kl):
     settings = LearnerSettings(**{
         **SETTINGS.__dict__, "policy_lr": 1e-3, "target_kl": target_kl, "undo_overshoot": True, "minibatch_size": 128
     })  # fmt: skip
-    loop = Loop(spec, settings, num_envs=128)
-    clone_half_the_way(loop.policy)
-    loop.cursor = Cursor.at(loop.policy, loop.env._observe())
-    returns = []
-    for _ in range(25):
-        buffer, info = loop.rollout()
-        loop.learner.update(buffer)
-        returns.append(sum(e.return_ for e in info.episodes) / len(info.episodes))
+    returns, _ = Loop(spec, settings, num_envs=128).learn(25)
     assert sum(returns[-3:]) > 0.88 * sum(returns[:3])
 
 
