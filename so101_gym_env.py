@@ -18,14 +18,13 @@ from gymnasium.utils import seeding
 from numpy.typing import ArrayLike, NDArray
 
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, Array
+from so101_renderer import RenderError, SceneRenderer
 from so101_scene import (
     INTEGRATION_STATE,
     ChunkScore,
     EnvConfig,
     EpisodeLog,
     PickScene,
-    RenderError,
-    SceneRenderer,
     UnstableSimulationError,
 )
 

@@ -1,4 +1,4 @@
-"""The pick-up task without an interface: its configuration, its rules, its images, the record of an episode.
+"""The pick-up task without an interface: its configuration, its rules, the record of an episode.
 
 `PickScene` holds what every form of the environment shares, so that reset, clipping, reward and the end of an episode
 are written once; so101_gym_env.py and so101_vector_env.py build their interfaces on it.
@@ -6,11 +6,7 @@ are written once; so101_gym_env.py and so101_vector_env.py build their interface
 
 from __future__ import annotations
 
-import atexit
 import math
-import os
-import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,6 +30,7 @@ from so101_mujoco_utils import (
     is_success,
     load_model,
 )
+from so101_renderer import ParallelRenderer, SceneRenderer
 
 INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 BLOCK_YAW_DEG = math.degrees(0.4)
@@ -198,96 +195,6 @@ class EpisodeLog:
         return EpisodeStats(env=env, success=success, **values)
 
 
-# --- Images ---------------------------------------------------------------------------------------------------------
-
-
-class RenderError(UserError, RuntimeError):
-    """No off-screen OpenGL context could be made."""
-
-
-class SceneRenderer:
-    """Off-screen images of the scene: one OpenGL context, square images of one size, a pure function of qpos.
-
-    A context belongs to the thread that made it. Shadows, reflections, sky and fog are off: in software rendering they
-    cost several times what the rest of the image does.
-
-    Args:
-        model: its off-screen buffer is set to `size`.
-        cameras: names, in the order of the images.
-        size: pixels, height and width.
-
-    Raises:
-        RenderError: OpenGL cannot start here; the message says what to install or set.
-    """
-
-    def __init__(self, model: mujoco.MjModel, cameras: tuple[str, ...], size: int) -> None:
-        self.cameras, self.size = cameras, size
-        self._model, self._data = model, mujoco.MjData(model)
-        model.vis.global_.offwidth = model.vis.global_.offheight = size  # a larger buffer is cleared for nothing
-        backend = os.environ.get("MUJOCO_GL", "").lower() or ("egl" if sys.platform == "linux" else "")
-        try:
-            self._gl = _gl_context_class(backend)(size, size)
-            self._gl.make_current()
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        except Exception as error:  # GL backends raise anything: ImportError, AttributeError, EGLError, FatalError
-            raise RenderError(
-                f"cannot render off screen with MUJOCO_GL={backend!r}: {error}. On Linux install EGL "
-                "(apt-get install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl, or install libosmesa6 and set "
-                "MUJOCO_GL=osmesa; or do without images: render_images=False with environment_state=True"
-            ) from error
-        self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
-        self._free.atexit = False  # its own exit hook may run after EGL's; ours, registered later, runs before
-        atexit.register(self._free)
-        self._scene = mujoco.MjvScene(model, maxgeom=1000)
-        for flag in ("SHADOW", "REFLECTION", "SKYBOX", "FOG", "HAZE"):
-            self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
-        self._option, self._rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, size, size)
-
-    def close(self) -> None:
-        """Frees the OpenGL context; nothing happens the second time."""
-        self._free()
-        atexit.unregister(self._free)  # every evaluation has a renderer of its own
-
-    def render(self, qpos: Array) -> dict[str, NDArray[np.uint8]]:
-        """Images {camera: (size, size, 3) uint8} of the configuration qpos (nq,), in fresh arrays."""
-        if not self._free.alive:
-            raise RenderError("this renderer is closed")
-        self._data.qpos[:] = qpos
-        mujoco.mj_kinematics(self._model, self._data)
-        mujoco.mj_comPos(self._model, self._data)  # camlight reads the subtree centres of tracking cameras
-        mujoco.mj_camlight(self._model, self._data)
-        self._gl.make_current()
-        return {camera: self._render_camera(camera) for camera in self.cameras}
-
-    def _render_camera(self, name: str) -> NDArray[np.uint8]:
-        camera = mujoco.MjvCamera()
-        camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._model.camera(name).id
-        everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self._model, self._data, self._option, None, camera, everything, self._scene)
-        mujoco.mjr_render(self._rect, self._scene, self._context)
-        pixels = np.empty((self.size, self.size, 3), dtype=np.uint8)
-        mujoco.mjr_readPixels(pixels, None, self._rect, self._context)
-        return np.ascontiguousarray(pixels[::-1])  # OpenGL's rows go upwards
-
-
-def _gl_context_class(backend: str) -> Any:
-    # Chosen when it is needed: mujoco's own choice is made when mujoco is first imported, by whatever module that is.
-    if backend == "egl":
-        from mujoco.egl import GLContext
-    elif backend == "osmesa":
-        from mujoco.osmesa import GLContext
-    else:
-        from mujoco.gl_context import GLContext
-    return GLContext
-
-
-def _free_contexts(gl: Any, context: mujoco.MjrContext) -> None:
-    gl.make_current()
-    context.free()
-    gl.free()
-
-
 # --- The scene, shared by every form of the environment -------------------------------------------------------------
 
 
@@ -435,6 +342,10 @@ class PickScene:
     def make_renderer(self) -> SceneRenderer:
         """A renderer of the configured cameras and size. Raises RenderError when OpenGL cannot start."""
         return SceneRenderer(self.model, tuple(self.config.cameras), self.config.image_size)
+
+    def make_parallel_renderer(self, num_threads: int) -> ParallelRenderer:
+        """The same in `num_threads` threads."""
+        return ParallelRenderer(self.model, tuple(self.config.cameras), self.config.image_size, num_threads)
 
     def integration_state(self, data: mujoco.MjData) -> Array:
         """All that the next substep depends on, warm start included: (mj_stateSize,)."""

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from so101_gym_env import SO101PickEnv
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, Array
+from so101_renderer import ParallelRenderer, SceneRenderer
 from so101_scene import (
     INTEGRATION_STATE,
     ChunkScore,
@@ -30,7 +32,6 @@ from so101_scene import (
     EpisodeLog,
     EpisodeStats,
     PickScene,
-    SceneRenderer,
     UnstableSimulationError,
 )
 
@@ -184,7 +185,7 @@ class InProcessVectorEnv(ChunkVectorEnv):
         super().__init__(config, num_envs)
         self.autoreset = autoreset
         self.scene = PickScene(config)
-        self._renderer: SceneRenderer | None = None
+        self._renderer: SceneRenderer | ParallelRenderer | None = None
         current, final = buffers or (ObservationBuffer(config, num_envs), ObservationBuffer(config, num_envs))
         self._current, self._final = current, final
         self._ended = np.zeros(num_envs, dtype=bool)
@@ -195,8 +196,8 @@ class InProcessVectorEnv(ChunkVectorEnv):
         """Resets one simulation; without a seed its generator goes on."""
 
     @abstractmethod
-    def _observe(self, env: int) -> Observation:
-        """The observation of one environment's current instant."""
+    def _observe(self, envs: Sequence[int]) -> list[Observation]:
+        """The observations of these environments' current instants."""
 
     @abstractmethod
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
@@ -210,7 +211,7 @@ class InProcessVectorEnv(ChunkVectorEnv):
         """See `ChunkVectorEnv.reset`."""
         for env, seed in enumerate(self._check_seeds(seeds)):
             self._start_episode(env, seed)
-            self._current.write(env, self._observe(env))
+        self._observe_current(range(self.num_envs))
         self._ended[:] = False
         self._started = True
         return self._current.read()
@@ -271,28 +272,23 @@ class InProcessVectorEnv(ChunkVectorEnv):
 
     def _observe_chunk_end(self, score: ChunkScore, live: NDArray[np.int64]) -> None:
         """Renders what will be seen: last instants of truncated episodes, then the next one to decide on."""
-        for env in live.tolist():
-            ended = bool(score.terminated[env] or score.truncated[env])
-            last = self._observe(env) if score.truncated[env] else None
-            if last is not None:
-                self._final.write(env, last)
-            if ended and self.autoreset:
-                self._start_episode(env, None)
-                last = None
-            self._ended[env] = ended and not self.autoreset
-            self._current.write(env, self._observe(env) if last is None else last)
+        timed_out, ended = np.flatnonzero(score.truncated), np.flatnonzero(score.terminated | score.truncated)
+        for env, observation in zip(timed_out.tolist(), self._observe(timed_out.tolist()), strict=True):
+            self._final.write(env, observation)
+            self._current.write(env, observation)
+        for env in ended.tolist() if self.autoreset else []:
+            self._start_episode(env, None)
+        self._ended[ended] = not self.autoreset
+        self._observe_current((live if self.autoreset else np.setdiff1d(live, timed_out)).tolist())
 
-    def _shared_renderer(self) -> SceneRenderer | None:
-        """One renderer for all environments of this process; None without images."""
-        if self._renderer is None and self.config.render_images:
-            self._renderer = self.scene.make_renderer()
-        return self._renderer
+    def _observe_current(self, envs: Sequence[int]) -> None:
+        for env, observation in zip(envs, self._observe(envs), strict=True):
+            self._current.write(env, observation)
 
     def close(self) -> None:
         """See `ChunkVectorEnv.close`."""
         if self._renderer is not None:
             self._renderer.close()
-            self._renderer = None
 
 
 class SequentialVectorEnv(InProcessVectorEnv):
@@ -306,14 +302,14 @@ class SequentialVectorEnv(InProcessVectorEnv):
         buffers: tuple[ObservationBuffer, ObservationBuffer] | None = None,
     ) -> None:
         super().__init__(config, num_envs, autoreset, buffers)
-        renderer = self._shared_renderer()
+        self._renderer = renderer = self.scene.make_renderer() if config.render_images else None
         self.envs = [SO101PickEnv(config, scene=self.scene, renderer=renderer) for _ in range(num_envs)]
 
     def _start_episode(self, env: int, seed: int | None) -> None:
         self.envs[env].start_episode(seed)
 
-    def _observe(self, env: int) -> Observation:
-        return self.envs[env].observation()
+    def _observe(self, envs: Sequence[int]) -> list[Observation]:
+        return [self.envs[env].observation() for env in envs]
 
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
         return [self.envs[env].advance(chunk) for env, chunk in zip(live.tolist(), actions, strict=True)]
@@ -348,20 +344,23 @@ class BatchedVectorEnv(InProcessVectorEnv):
     """All environments in one `mujoco.batch.Batch`: a chunk is one call, spread over threads.
 
     Args:
-        num_threads: None uses every core, but no more than there are environments.
+        num_threads: of physics and rendering; None uses every core, but no more than there are environments.
     """
 
     def __init__(
         self, config: EnvConfig, num_envs: int, autoreset: bool = True, num_threads: int | None = None
     ) -> None:
         super().__init__(config, num_envs, autoreset)
-        self._batch = Batch(self.scene.model, num_envs, nthread=num_threads or min(num_envs, os.cpu_count() or 1))
+        num_threads = num_threads or min(num_envs, os.cpu_count() or 1)
+        self._batch = Batch(self.scene.model, num_envs, nthread=num_threads)
         self._data = mujoco.MjData(self.scene.model)
         self._integration = np.zeros((num_envs, mujoco.mj_stateSize(self.scene.model, INTEGRATION_STATE)))
         self._rows = np.zeros((num_envs, self.scene.layout.row_size))
         self._rngs = [np.random.default_rng()] * num_envs
         self._logs = [EpisodeLog() for _ in range(num_envs)]
-        self._shared_renderer()
+        if config.render_images:  # window systems of other platforms draw in the main thread only
+            threaded = sys.platform == "linux"
+            self._renderer = self.scene.make_parallel_renderer(num_threads) if threaded else self.scene.make_renderer()
 
     def _start_episode(self, env: int, seed: int | None) -> None:
         if seed is not None:
@@ -371,14 +370,16 @@ class BatchedVectorEnv(InProcessVectorEnv):
         self._rows[env] = self.scene.layout.row(self._data)
         self._logs[env].begin_after(seed, self.scene.block_height(self._rows[env]))
 
-    def _observe(self, env: int) -> Observation:
-        row, renderer = self._rows[env], self._shared_renderer()
-        observation: Observation = {"agent_pos": self.scene.agent_pos(row)}
-        if renderer is not None:
-            observation["pixels"] = renderer.render(row[: self.scene.model.nq])
+    def _observe(self, envs: Sequence[int]) -> list[Observation]:
+        rows = self._rows[list(envs)]
+        observations: list[Observation] = [{"agent_pos": agent_pos} for agent_pos in self.scene.agent_pos(rows)]
+        if self._renderer is not None:
+            images = self._renderer.render_all(rows[:, : self.scene.model.nq])
+            observations = [seen | {"pixels": pixels} for seen, pixels in zip(observations, images, strict=True)]
         if self.config.environment_state:
-            observation["environment_state"] = self.scene.environment_state(row, self._logs[env].length)
-        return observation
+            states = self.scene.environment_state(rows, [self._logs[env].length for env in envs])
+            observations = [seen | {"environment_state": s} for seen, s in zip(observations, states, strict=True)]
+        return observations
 
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
         if not len(live):
@@ -437,8 +438,7 @@ class BatchedVectorEnv(InProcessVectorEnv):
         self._ended[:], self._started = state["ended"], True
         self._rngs = [restored_generator(rng) for rng in state["rngs"]]
         self._logs = [EpisodeLog.restored(episode) for episode in state["episodes"]]
-        for env in range(self.num_envs):
-            self._current.write(env, self._observe(env))
+        self._observe_current(range(self.num_envs))
         return self._current.read()
 
 

@@ -2,15 +2,16 @@
 
     python benchmarks/rendering.py [--quick] [--csv FILE] [--sizes 64 96 128 256]
 
-Images of arm configurations along the scripted expert's plan. Three variants of the same images:
+Images of arm configurations along the scripted expert's plan. Variants of the same images:
 
 * ours: `SceneRenderer.render(qpos)` as the environments call it: kinematics, scene update, drawing, reading, turning
   the rows over into fresh arrays;
+* in threads: `ParallelRenderer`, as batched environments use it, a context per core;
 * mjr: `mjr_render` + `mjr_readPixels` alone, on scenes that were updated beforehand, into one reused array;
 * the same with 4 samples a pixel (MSAA), and with shadows, which the shipped scene switches off.
 
 The second table splits the work for one camera into its calls. Software OpenGL draws with threads of its own: llvmpipe
-takes LP_NUM_THREADS of them, all cores if it is unset.
+takes LP_NUM_THREADS of them, here 1 unless it is set, as beside `ParallelRenderer`; all cores otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from _common import Row, interleaved, make_parser, median, report, speed_ratio, 
 from physics import expert_work, tiny_env
 
 from so101_mujoco_utils import CAMERA_NAMES, Array
-from so101_scene import PickScene, SceneRenderer
+from so101_renderer import ParallelRenderer, SceneRenderer
+from so101_scene import PickScene
 
 MSAA_SAMPLES, SHADOW_SIZE = 4, 2048
 
@@ -113,30 +115,37 @@ def plain(renderer: PlainRenderer, poses: Array) -> Callable[[], float]:
     return lambda: sum(sum(renderer.draw(scenes)) for scenes in prepared)
 
 
-def ours(renderer: SceneRenderer, poses: Array) -> Callable[[], float]:
-    """Seconds in SceneRenderer.render for all poses."""
-    return lambda: timed(lambda: [renderer.render(qpos) for qpos in poses])
+def ours(renderer: SceneRenderer | ParallelRenderer, poses: Array) -> Callable[[], float]:
+    """Seconds in render_all for all poses."""
+    return lambda: timed(lambda: renderer.render_all(poses))
 
 
 def measure(size: int, cameras: tuple[str, ...], poses: Array, repeats: int) -> Row:
     """One line of the first table."""
+    model = PickScene(tiny_env()).model
+    library = {
+        "ours": SceneRenderer(model, cameras, size),
+        "in threads": ParallelRenderer(model, cameras, size, os.cpu_count() or 1),
+    }
     plains = {
         "mjr": PlainRenderer(size, cameras),
         f"mjr, MSAA {MSAA_SAMPLES}": PlainRenderer(size, cameras, samples=MSAA_SAMPLES),
         "mjr, shadows": PlainRenderer(size, cameras, shadows=True),
     }
-    library = SceneRenderer(PickScene(tiny_env()).model, cameras, size)
     try:
-        variants = {name: plain(renderer, poses) for name, renderer in plains.items()}
-        times = interleaved({"ours": ours(library, poses)} | variants, repeats)
+        variants = {name: ours(renderer, poses) for name, renderer in library.items()}
+        variants |= {name: plain(renderer, poses) for name, renderer in plains.items()}
+        times = interleaved(variants, repeats)
     finally:
-        library.close()
-        for renderer in plains.values():
+        for renderer in [*library.values(), *plains.values()]:
             renderer.close()
     images = len(poses) * len(cameras)
     row: Row = {"size": size, "cameras": len(cameras)}
     row |= {f"{name}, ms": 1e3 * median(times, name) / images for name in times}
-    return row | {"ours / mjr": 1 / speed_ratio(times, "ours", "mjr")}
+    return row | {
+        "ours / mjr": 1 / speed_ratio(times, "ours", "mjr"),
+        "ours / in threads": speed_ratio(times, "in threads", "ours"),
+    }
 
 
 def split(size: int, poses: Array, repeats: int) -> Row:
@@ -159,6 +168,7 @@ def split(size: int, poses: Array, repeats: int) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
+    os.environ.setdefault("LP_NUM_THREADS", "1")
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="*", type=int, default=[64, 96, 128, 256])
     args = parser.parse_args(argv)
@@ -167,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.sizes, args.repeats, counts = [64], 1, (2,)
     poses = configurations(3 if args.quick else 24)
     rows = [measure(s, CAMERA_NAMES[:count], poses, args.repeats) for s in args.sizes for count in counts]
-    threads = f"LP_NUM_THREADS {os.environ.get('LP_NUM_THREADS', 'unset')}, {len(poses)} poses"
+    threads = f"LP_NUM_THREADS {os.environ['LP_NUM_THREADS']}, {len(poses)} poses"
     report(rows, args, f"ms per image, {threads}")
     report([split(s, poses, args.repeats) for s in args.sizes], args, f"one camera, {threads}", "split")
 

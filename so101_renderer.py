@@ -1,0 +1,179 @@
+"""Images of the scene: one OpenGL context, or several in threads of their own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from reinflow import UserError
+from so101_mujoco_utils import Array
+
+Images = dict[str, NDArray[np.uint8]]  # {camera: (size, size, 3)}
+
+
+class RenderError(UserError, RuntimeError):
+    """No off-screen OpenGL context could be made."""
+
+
+class SceneRenderer:
+    """Off-screen images of the scene: one OpenGL context, square images of one size, a pure function of qpos.
+
+    A context belongs to the thread that made it. Shadows, reflections, sky and fog are off: in software rendering they
+    cost several times what the rest of the image does.
+
+    Args:
+        model: its off-screen buffer is set to `size`.
+        cameras: names, in the order of the images.
+        size: pixels, height and width.
+
+    Raises:
+        RenderError: OpenGL cannot start here; the message says what to install or set.
+    """
+
+    def __init__(self, model: mujoco.MjModel, cameras: tuple[str, ...], size: int) -> None:
+        self.cameras, self.size = cameras, size
+        self._model, self._data = model, mujoco.MjData(model)
+        model.vis.global_.offwidth = model.vis.global_.offheight = size  # a larger buffer is cleared for nothing
+        backend = os.environ.get("MUJOCO_GL", "").lower() or ("egl" if sys.platform == "linux" else "")
+        try:
+            self._gl = _gl_context_class(backend)(size, size)
+            self._gl.make_current()
+            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        except Exception as error:  # GL backends raise anything: ImportError, AttributeError, EGLError, FatalError
+            raise RenderError(
+                f"cannot render off screen with MUJOCO_GL={backend!r}: {error}. On Linux install EGL "
+                "(apt-get install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl, or install libosmesa6 and set "
+                "MUJOCO_GL=osmesa; or do without images: render_images=False with environment_state=True"
+            ) from error
+        self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
+        self._free.atexit = False  # its own exit hook may run after EGL's; ours, registered later, runs before
+        atexit.register(self._free)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        for flag in ("SHADOW", "REFLECTION", "SKYBOX", "FOG", "HAZE"):
+            self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
+        self._option, self._rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, size, size)
+
+    def close(self) -> None:
+        """Frees the OpenGL context; nothing happens the second time."""
+        self._free()
+        atexit.unregister(self._free)  # every evaluation has a renderer of its own
+
+    def render_all(self, qpos: Array) -> list[Images]:
+        """Images of every configuration qpos (M, nq)."""
+        return [self.render(row) for row in qpos]
+
+    def render(self, qpos: Array) -> Images:
+        """Images {camera: (size, size, 3) uint8} of the configuration qpos (nq,), in fresh arrays."""
+        if not self._free.alive:
+            raise RenderError("this renderer is closed")
+        self._data.qpos[:] = qpos
+        mujoco.mj_kinematics(self._model, self._data)
+        mujoco.mj_comPos(self._model, self._data)  # camlight reads the subtree centres of tracking cameras
+        mujoco.mj_camlight(self._model, self._data)
+        self._gl.make_current()
+        return {camera: self._render_camera(camera) for camera in self.cameras}
+
+    def _render_camera(self, name: str) -> NDArray[np.uint8]:
+        camera = mujoco.MjvCamera()
+        camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._model.camera(name).id
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self._model, self._data, self._option, None, camera, everything, self._scene)
+        mujoco.mjr_render(self._rect, self._scene, self._context)
+        pixels = np.empty((self.size, self.size, 3), dtype=np.uint8)
+        mujoco.mjr_readPixels(pixels, None, self._rect, self._context)
+        return np.ascontiguousarray(pixels[::-1])  # OpenGL's rows go upwards
+
+
+def _gl_context_class(backend: str) -> Any:
+    # Chosen when it is needed: mujoco's own choice is made when mujoco is first imported, by whatever module that is.
+    if backend == "egl":
+        from mujoco.egl import GLContext
+    elif backend == "osmesa":
+        from mujoco.osmesa import GLContext
+    else:
+        from mujoco.gl_context import GLContext
+    return GLContext
+
+
+def _free_contexts(gl: Any, context: mujoco.MjrContext) -> None:
+    gl.make_current()
+    context.free()
+    gl.free()
+
+
+class ParallelRenderer:
+    """A `SceneRenderer` in each of `num_threads` threads; every one draws its share of the configurations.
+
+    Software OpenGL's own threads gain little on small images: two contexts on two cores draw 1.5 times what one does.
+    """
+
+    def __init__(self, model: mujoco.MjModel, cameras: tuple[str, ...], size: int, num_threads: int) -> None:
+        os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe, read when it starts: the contexts share the cores
+        self._threads = [_RenderThread(model, cameras, size) for _ in range(num_threads)]
+        self._stop = weakref.finalize(self, _stop_all, self._threads)
+        self._stop.atexit = False
+        atexit.register(self._stop)  # runs before the hooks of the renderers, which would free from the wrong thread
+
+    def close(self) -> None:
+        """Frees the contexts; nothing happens the second time."""
+        self._stop()
+        atexit.unregister(self._stop)
+
+    def render_all(self, qpos: Array) -> list[Images]:
+        """Images of every configuration qpos (M, nq)."""
+        if not self._stop.alive:
+            raise RenderError("this renderer is closed")
+        shares = zip(self._threads, np.array_split(qpos, len(self._threads)), strict=True)
+        jobs = [thread.submit(thread.renderer.render_all, share) for thread, share in shares]
+        return [images for job in jobs for images in job.result()]
+
+
+class _RenderThread(Thread):
+    """A renderer and the thread that may use it. A daemon, unlike the threads of concurrent.futures: those are gone
+    when exit hooks run, and nobody else can free the context."""
+
+    def __init__(self, model: mujoco.MjModel, cameras: tuple[str, ...], size: int) -> None:
+        super().__init__(daemon=True, name="renderer")
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self.start()
+        try:
+            self.renderer: SceneRenderer = self.submit(SceneRenderer, model, cameras, size).result()
+        except RenderError:
+            self.stop()
+            raise
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._jobs.put((future, partial(function, *args)))
+        return future
+
+    def run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, work = job
+            try:
+                future.set_result(work())
+            except BaseException as error:  # raised again where somebody waits for the result
+                future.set_exception(error)
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self.join()
+
+
+def _stop_all(threads: list[_RenderThread]) -> None:
+    for thread in threads:
+        thread.submit(thread.renderer.close).result()
+        thread.stop()
