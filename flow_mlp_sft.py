@@ -216,7 +216,7 @@ def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | 
     """Noise-free episodes on the tuning seeds; None without any."""
     import torch
 
-    from reinflow.evaluate import evaluate
+    from reinflow.evaluate import evaluate, even_batch
     from reinflow.flow import ChainSpec
     from reinflow.rollout import noise_free_actor
     from so101_vector_env import make_vector_env
@@ -224,7 +224,7 @@ def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | 
     if not config.eval_episodes:
         return None
     spec = ChainSpec(config.num_denoising_steps)
-    num_envs = min(config.num_parallel_envs, config.eval_episodes)
+    num_envs = even_batch(config.eval_episodes, config.num_parallel_envs)
     with make_vector_env(task_environment(), num_envs, autoreset=False) as env, torch.inference_mode():
         act = noise_free_actor(policy, spec, config.eval_seed, "cpu")
         return evaluate(act, env, range(config.eval_seed, config.eval_seed + config.eval_episodes))

@@ -188,7 +188,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     import torch
     from rich.console import Console
 
-    from reinflow.evaluate import evaluate, write_eval_info
+    from reinflow.evaluate import evaluate, even_batch, write_eval_info
     from so101_vector_env import make_vector_env
     from training_run import TASK_GROUP
 
@@ -199,7 +199,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         raise EvalError(f"pi0_tokenizer_path={config.pi0_tokenizer_path} is not read by a {kind} policy: leave it out")
     vla = dict.fromkeys(("smolvla", "pi0", "pi05"), vla_actor)
     make_actor = (vla | {"flow_mlp": flow_mlp_actor}).get(kind, stock_actor)
-    env = make_vector_env(config.env, min(config.num_parallel_envs, config.episodes), autoreset=False)
+    env = make_vector_env(config.env, even_batch(config.episodes, config.num_parallel_envs), autoreset=False)
     try:
         with torch.inference_mode():
             result = evaluate(make_actor(config, policy_dir), env, range(config.seed, config.seed + config.episodes))

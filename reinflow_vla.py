@@ -9,6 +9,7 @@ prefix, how its language model runs over that, and how its expert denoises; all 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -111,6 +112,7 @@ class ReinFlowVLA(nn.Module, ABC):
         feature_dim = critic_state_dim or self.prefix_feature_dim()
         self.critic = ReinFlowCritic(feature_dim, critic_hidden_size, running=bool(critic_state_dim)).to(device)
         self.prefix_cache = PrefixCache("kv")
+        self._compiled_step: Callable[..., Tensor] | None = None
         self._expert_features: Tensor | None = None
         head.register_forward_pre_hook(self._keep_expert_features)
         self._trainable = self._freeze_all_but(groups)
@@ -159,6 +161,16 @@ class ReinFlowVLA(nn.Module, ABC):
         """Raise ValueError for a number of executed actions that the family cannot denoise alone."""
         if n_action_steps > chunk_size:
             raise ValueError(f"n_action_steps={n_action_steps} exceeds the policy's chunk_size={chunk_size}; lower it")
+
+    def compile_expert(self, backend: str | None = "inductor") -> None:
+        """Let gradients go through torch.compile; None goes back. Acting stays eager: it has its own batch sizes, and
+        each would be compiled."""
+        self._compiled_step = torch.compile(self.vla.model.denoise_step, backend=backend) if backend else None
+
+    def denoise_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The library's denoising step, compiled where a gradient is wanted and ``compile_expert`` was called."""
+        compiled = self._compiled_step if torch.is_grad_enabled() else None
+        return (compiled or self.vla.model.denoise_step)(*args, **kwargs)
 
     # --- FlowPolicy -------------------------------------------------------------------------------------------------
 

@@ -428,7 +428,7 @@ def evaluate_success(
     """Noise-free success rate on the tuning seeds, by number of denoising steps."""
     import torch
 
-    from reinflow.evaluate import evaluate
+    from reinflow.evaluate import evaluate, even_batch
     from smolvla_tiny import predict_chunk
     from so101_vector_env import make_vector_env
 
@@ -444,7 +444,7 @@ def evaluate_success(
 
     success = {}
     seeds = range(config.eval_seed, config.eval_seed + config.eval_episodes)
-    env = make_vector_env(task_environment(config, policy), min(32, config.eval_episodes), autoreset=False)
+    env = make_vector_env(task_environment(config, policy), even_batch(config.eval_episodes, 32), autoreset=False)
     generator_state = torch.get_rng_state()
     try:
         for num_steps in config.num_steps:

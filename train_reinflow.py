@@ -240,6 +240,9 @@ class TrainingConfig:
     language model), none (and the vision tower); auto takes the first that fits, on CUDA in host memory if need be."""
     prefix_cache_gb: float = 0.0
     """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
+    compile_expert: bool = False
+    """Gradients of the action expert by torch.compile: on a CPU 1.2 to 1.4 times as fast with Adam, after a minute or
+    two of compiling in the first update. Acting stays as it is. Not for natural steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
     num_threads: int = 0

@@ -74,6 +74,11 @@ def _contradictions(c: TrainingConfig) -> Iterator[str]:
         yield f"sigma_min={c.sigma_min} exceeds sigma_max={c.sigma_max}: swap them, or make them equal for fixed noise"
     if c.policy_optimizer == "natural" and c.target_kl == 0:
         yield "target_kl=0 with policy_optimizer=natural: it is the length of a natural step, set it to e.g. 0.03"
+    if c.policy_optimizer == "natural" and c.compile_expert:
+        yield (
+            "compile_expert gains nothing with policy_optimizer=natural, which watches every layer: drop it, or set "
+            "policy_optimizer=adam"
+        )
     if c.n_action_steps > c.chunk_size:
         yield f"n_action_steps={c.n_action_steps} exceeds chunk_size={c.chunk_size}: execute at most the whole chunk"
     if c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:
@@ -148,9 +153,9 @@ def _flow_mlp(c: TrainingConfig) -> Iterator[str]:
                 "use --preset flow_mlp or drop it"
             )
         return
-    for name in ("prefix_cache", "prefix_cache_gb"):
+    for name in ("prefix_cache", "prefix_cache_gb", "compile_expert"):
         if getattr(c, name) != unset[name]:
-            yield f"{name}={getattr(c, name)} is not read with model_type=flow_mlp, which has no prefix: drop it"
+            yield f"{name}={getattr(c, name)} is not read with model_type=flow_mlp, which is no transformer: drop it"
     if c.pretrained_path != unset["pretrained_path"]:
         yield (
             f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "

@@ -18,7 +18,7 @@ import torch
 from policy_directory import ACTION, CONFIG_FILE, OBS_IMAGES_PREFIX, OBS_STATE, locate_policy, read_json
 from reinflow import checkpoint
 from reinflow.doctor import Doctor
-from reinflow.evaluate import EvalResult, evaluate, write_eval_info
+from reinflow.evaluate import EvalResult, evaluate, even_batch, write_eval_info
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.policy import FlowMLP, FlowPolicy
@@ -146,12 +146,26 @@ def _build_vla(
     path = locate_policy(model_dir() / embedded if config.policy_path == "tiny" else config.policy_path)
     _check_features(config, path)
     policy = family.from_pretrained(path, device, **vla_settings(config), **options)
+    if config.compile_expert:
+        _check_compiler(device)
+        policy.compile_expert()
     decisions = config.decisions_per_iteration
     plan = policy.plan_prefix_cache(
         blank_observation(env_config(config)), config.prefix_cache, decisions, config.prefix_cache_gb
     )
     print(plan.describe(decisions))
     return policy
+
+
+def _check_compiler(device: str) -> None:
+    """Compile something small now rather than the expert after the first rollout."""
+    try:
+        torch.compile(torch.nn.functional.silu)(torch.zeros(8, device=device))
+    except RuntimeError as error:  # what torch's compilers derive their errors from
+        raise ConfigError(
+            f"compile_expert: torch.compile does not work here: {error}. Install a C++ compiler and Python's headers "
+            "(apt-get install g++ python3-dev), or drop compile_expert"
+        ) from error
 
 
 def _check_features(config: TrainingConfig, directory: Path) -> None:
@@ -460,7 +474,7 @@ def evaluate_policy(
 
     x_0 comes from a generator seeded with the first seed, so that a repeated evaluation gives the same figures.
     """
-    vector_env = make_vector_env(env, min(num_envs, len(seeds)), autoreset=False)
+    vector_env = make_vector_env(env, even_batch(len(seeds), num_envs), autoreset=False)
     try:
         return evaluate(noise_free_actor(policy, spec, seeds.start, device), vector_env, list(seeds))
     finally:

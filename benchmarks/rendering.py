@@ -123,7 +123,7 @@ def ours(renderer: SceneRenderer | ParallelRenderer, poses: Array) -> Callable[[
 def measure(size: int, cameras: tuple[str, ...], poses: Array, repeats: int) -> Row:
     """One line of the first table."""
     model = PickScene(tiny_env()).model
-    library = {
+    library: dict[str, SceneRenderer | ParallelRenderer] = {
         "ours": SceneRenderer(model, cameras, size),
         "in threads": ParallelRenderer(model, cameras, size, os.cpu_count() or 1),
     }
@@ -137,7 +137,7 @@ def measure(size: int, cameras: tuple[str, ...], poses: Array, repeats: int) -> 
         variants |= {name: plain(renderer, poses) for name, renderer in plains.items()}
         times = interleaved(variants, repeats)
     finally:
-        for renderer in [*library.values(), *plains.values()]:
+        for renderer in (*library.values(), *plains.values()):
             renderer.close()
     images = len(poses) * len(cameras)
     row: Row = {"size": size, "cameras": len(cameras)}

@@ -2,6 +2,7 @@
 
     python benchmarks/update.py [--quick] [--csv FILE]
     python benchmarks/update.py --size real --decisions 2 --minibatch 2 --repeats 2     SmolVLA's 450 M, random weights
+    python benchmarks/update.py --compile          # and the same through torch.compile, a minute or two for each shape
     python benchmarks/update.py --device cuda --size real --csv notes/results/gpu_update.csv
 
 Seconds of an update (256 decisions, 5 epochs; --decisions and --epochs are measured, then scaled up linearly), split
@@ -49,6 +50,7 @@ class Variant:
     keep: Keep
     tokens: int  # computed; at least the executed ones
     steps: int  # K
+    compiled: bool = False
 
 
 @dataclasses.dataclass
@@ -101,6 +103,7 @@ def spec(variant: Variant) -> ChainSpec:
 def configure(policy: ReinFlowSmolVLA, variant: Variant) -> None:
     """Let the policy act and update as ``variant``."""
     policy.prefix_cache, policy.n_action_steps = PrefixCache(variant.keep), variant.tokens
+    policy.compile_expert("inductor" if variant.compiled else None)
 
 
 def score(policy: ReinFlowSmolVLA, context: Context, chain: Tensor, variant: Variant) -> Tensor:
@@ -146,6 +149,8 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
         "embeddings": Variant("embeddings", executed, steps),
         "naive": Variant("none", CHUNK, steps),
     }
+    if args.compile:
+        variants["compiled"] = dataclasses.replace(variants["cached"], compiled=True)
     image_size = policy.vla.config.resize_imgs_with_padding[0]
     batch = policy.preprocess(observe(policy, args.decisions, image_size))
     with torch.no_grad():
@@ -157,9 +162,8 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     def work(name: str) -> Callable[[], float]:
         return lambda: update(policy, variants[name], rollouts[name], optimizer, args, split[name])
 
-    times = interleaved(
-        {name: work(name) for name in variants}, args.repeats, warmups=0 if args.quick or args.size == "real" else 1
-    )
+    warm = args.compile or not (args.quick or args.size == "real")
+    times = interleaved({name: work(name) for name in variants}, args.repeats, warmups=int(warm))
     rows: list[Row] = []
     for name in variants:
         parts = {part: float(np.median(split[name][part][-args.repeats :])) for part in PARTS}
@@ -207,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--decisions", type=int, default=DECISIONS, help="measured, then scaled to 256")
     parser.add_argument("--epochs", type=int, default=1, help="measured, then scaled to 5")
     parser.add_argument("--minibatch", type=int, default=64)
+    parser.add_argument("--compile", action="store_true", help="add a cached update with a compiled expert")
     parser.add_argument("--accumulation", type=int, default=15, help="minibatches per optimiser step")
     args = parser.parse_args(argv)
     if args.quick:

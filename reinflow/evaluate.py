@@ -217,6 +217,14 @@ def write_eval_info(path: Path | str, info: Mapping[str, Any]) -> Path:
     return path
 
 
+def even_batch(num_episodes: int, num_envs: int) -> int:
+    """Environments, at most ``num_envs``, that play ``num_episodes`` in as few batches with the least padding.
+
+    200 episodes take 4 batches of 50 environments, not 3 of 64 and a fourth that is padded with 56 for nothing.
+    """
+    return math.ceil(num_episodes / math.ceil(num_episodes / num_envs))
+
+
 def evaluate(
     act: Act,
     vector_env: EvalEnv,

@@ -35,6 +35,7 @@ BAD = [
     ("sigma_min", {"sigma_min": 0.6}),
     ("sigma_min", {"sigma_min": 0.0}),
     ("target_kl", {"policy_optimizer": "natural", "target_kl": 0.0}),
+    ("compile_expert", {"policy_optimizer": "natural", "compile_expert": True}),
     ("n_action_steps", {"n_action_steps": 60, "max_steps_per_episode": 180}),
     ("chunks_per_episode", {"chunks_per_episode": 4}),
     ("max_steps_per_episode", {"max_steps_per_episode": 100}),

@@ -15,8 +15,25 @@ from PIL import Image
 from rich.console import Console
 
 from reinflow import video
-from reinflow.evaluate import EpisodeRow, EvalResult, EvaluationError, evaluate, wilson_interval, write_eval_info
+from reinflow.evaluate import (
+    EpisodeRow,
+    EvalResult,
+    EvaluationError,
+    evaluate,
+    even_batch,
+    wilson_interval,
+    write_eval_info,
+)
 from reinflow.tracking import check_names
+
+
+@given(episodes=st.integers(1, 2000), num_envs=st.integers(1, 128))
+def test_even_batches_are_as_few_and_as_full_as_can_be(episodes, num_envs):
+    size = even_batch(episodes, num_envs)
+    batches = -(-episodes // num_envs)
+    assert 1 <= size <= num_envs
+    assert -(-episodes // size) == batches
+    assert batches * size - episodes < batches
 
 
 class FakeVectorEnv:

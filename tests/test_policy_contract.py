@@ -176,6 +176,39 @@ def _names(file) -> list[str]:
         return list(opened.keys())
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_gradients_are_those_of_the_library(vla, backend):
+    spec, policy = ChainSpec(3), load(vla.family, vla.directory)
+    chain = sample_chain(policy, vla.context, spec, noise_for(policy)).chain.detach()
+
+    def score_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        policy.zero_grad()
+        log_prob = chain_log_prob(policy, vla.context, chain, spec).log_prob
+        log_prob.mean().backward()
+        return log_prob, torch.cat([p.grad.flatten() for p in policy.policy_parameters() if p.grad is not None])
+
+    log_prob, gradient = score_and_gradient()
+    policy.compile_expert(backend)
+    compiled_log_prob, compiled_gradient = score_and_gradient()
+    assert (log_prob - compiled_log_prob).abs().max() < 1e-4
+    assert (gradient - compiled_gradient).norm() < 1e-4 * gradient.norm()
+
+
+def test_acting_is_never_compiled(vla, monkeypatch):
+    policy = load(vla.family, vla.directory)
+    calls = []
+    eager = policy.vla.model.denoise_step
+    monkeypatch.setattr(torch, "compile", lambda step, backend: lambda *a, **k: calls.append(1) or eager(*a, **k))
+    policy.compile_expert()
+    chain = sample_chain(policy, vla.context, ChainSpec(3), noise_for(policy)).chain
+    calls_with_gradient = len(calls)
+    with torch.no_grad():
+        chain_log_prob(policy, vla.context, chain.detach(), ChainSpec(3))
+    assert len(calls) == calls_with_gradient
+    chain_log_prob(policy, vla.context, chain.detach(), ChainSpec(3)).log_prob.sum().backward()
+    assert len(calls) > calls_with_gradient
+
+
 def test_missing_camera_is_named(vla):
     observation = observe(vla.policy)
     del observation["pixels"]["wrist_camera"]

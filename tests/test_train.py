@@ -58,6 +58,15 @@ def test_run_keeps_one_rollout_and_names_its_prefix_cache(small, monkeypatch):
     assert json.loads((Path(small.output_dir) / "config.json").read_text())["prefix_cache"] == "kv"
 
 
+def test_a_compiler_that_does_not_work_is_named_before_training(small, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr("torch.compile", broken)
+    with pytest.raises(ConfigError, match=r"compile_expert.*no g\+\+.*apt-get install"):
+        train(replace(small, compile_expert=True, policy_optimizer="adam"))
+
+
 @pytest.mark.parametrize(("features", "shape"), [("output_features", [7]), ("input_features", [32])])
 def test_policy_of_another_robot_is_refused_before_its_weights_are_read(small, tmp_path, features, shape):
     directory = tmp_path / "policy"
