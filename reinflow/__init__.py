@@ -4,6 +4,7 @@ Nothing in this package knows a robot, a simulator or a vision-language model: i
 lerobot. Someone with another robot takes it whole and writes one environment and one policy file.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ class UserError(Exception):
 
 def run_command(name: str, command: Callable[[], object]) -> None:
     """Run a front door; a UserError ends it with its message and exit code 1 instead of a traceback."""
+    gc.set_threshold(100_000, 50, 100)  # a million objects of imported modules stay: searching them takes a second
     try:
         command()
     except UserError as error:
