@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -247,6 +248,8 @@ class TrainingRun:
             config.num_parallel_envs,
             backend="subproc" if config.use_subproc_env else "auto",
         )
+        cores, threads = min(self.env.num_envs, os.cpu_count() or 1), torch.get_num_threads()
+        print(f"policy on {self.device}, {threads} torch threads; {self.env.num_envs} environments on {cores} cores")
         if config.render:
             cast(SequentialVectorEnv, self.env).envs[0].open_viewer()
         self.iteration = self.episodes = 0
