@@ -130,7 +130,7 @@ class ReinFlowPi0(ReinFlowVLA):
     def denoise(self, context: Context, cache: DynamicCache, x_t: Tensor, time: Tensor) -> Tensor:
         """The library's step over the whole chunk; it copies the cache once more."""
         state = {"state": context["state"]} if self._state_in_suffix else {}
-        return self.denoise_step(
+        return self._library_step(
             **state, prefix_pad_masks=context["pad"], past_key_values=cache, x_t=x_t, timestep=time
         )
 

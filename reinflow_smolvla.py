@@ -81,7 +81,7 @@ class ReinFlowSmolVLA(ReinFlowVLA):
 
     def denoise(self, context: Context, cache: DynamicCache, x_t: Tensor, time: Tensor) -> Tensor:
         with self._only_executed_tokens():
-            return self.denoise_step(context["pad"], cache, x_t, time)
+            return self._library_step(context["pad"], cache, x_t, time)
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a stock LeRobot policy directory: no noise head, no critic, the full chunk_size."""

@@ -167,8 +167,8 @@ class ReinFlowVLA(nn.Module, ABC):
         each would be compiled."""
         self._compiled_step = torch.compile(self.vla.model.denoise_step, backend=backend) if backend else None
 
-    def denoise_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The library's denoising step, compiled where a gradient is wanted and ``compile_expert`` was called."""
+    def _library_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The library's denoise_step, compiled where a gradient is wanted and ``compile_expert`` was called."""
         compiled = self._compiled_step if torch.is_grad_enabled() else None
         return (compiled or self.vla.model.denoise_step)(*args, **kwargs)
 

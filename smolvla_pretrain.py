@@ -101,7 +101,7 @@ class SceneSampler:
         from so101_expert import ScriptedExpert
         from so101_gym_env import EnvConfig
         from so101_mujoco_utils import FRAMES, SceneLayout, load_model
-        from so101_scene import SceneRenderer
+        from so101_renderer import SceneRenderer
 
         self.config, self.cameras, self.size = config, cameras, image_size
         self.rng = np.random.default_rng(seed)

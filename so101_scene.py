@@ -30,7 +30,7 @@ from so101_mujoco_utils import (
     is_success,
     load_model,
 )
-from so101_renderer import ParallelRenderer, SceneRenderer
+from so101_renderer import ParallelRenderer, SceneRenderer, gl_backend
 
 INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 BLOCK_YAW_DEG = math.degrees(0.4)
@@ -343,8 +343,10 @@ class PickScene:
         """A renderer of the configured cameras and size. Raises RenderError when OpenGL cannot start."""
         return SceneRenderer(self.model, tuple(self.config.cameras), self.config.image_size)
 
-    def make_parallel_renderer(self, num_threads: int) -> ParallelRenderer:
-        """The same in `num_threads` threads."""
+    def make_parallel_renderer(self, num_threads: int) -> SceneRenderer | ParallelRenderer:
+        """The same in `num_threads` threads, where OpenGL may be used outside of the main one."""
+        if num_threads == 1 or gl_backend() not in ("egl", "osmesa"):
+            return self.make_renderer()
         return ParallelRenderer(self.model, tuple(self.config.cameras), self.config.image_size, num_threads)
 
     def integration_state(self, data: mujoco.MjData) -> Array:

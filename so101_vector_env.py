@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from so101_scene import (
 )
 
 Observation = dict[str, Any]
+MAX_RENDER_THREADS = 8
 BACKENDS = ("auto", "sequential", "subproc", "batched")
 
 
@@ -358,9 +358,8 @@ class BatchedVectorEnv(InProcessVectorEnv):
         self._rows = np.zeros((num_envs, self.scene.layout.row_size))
         self._rngs = [np.random.default_rng()] * num_envs
         self._logs = [EpisodeLog() for _ in range(num_envs)]
-        if config.render_images:  # window systems of other platforms draw in the main thread only
-            threaded = sys.platform == "linux"
-            self._renderer = self.scene.make_parallel_renderer(num_threads) if threaded else self.scene.make_renderer()
+        if config.render_images:
+            self._renderer = self.scene.make_parallel_renderer(min(num_threads, MAX_RENDER_THREADS))
 
     def _start_episode(self, env: int, seed: int | None) -> None:
         if seed is not None:

@@ -17,7 +17,7 @@ FIRST_REPORTING_SEED = 10_000
 CHANGEABLE_ON_RESUME = {
     "num_episodes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints", "log_interval",
     "wandb_enabled", "wandb_mode", "headless", "num_threads", "report_episodes",
-    "prefix_cache", "prefix_cache_gb",
+    "prefix_cache", "prefix_cache_gb", "compile_expert",
 }  # fmt: skip
 POSITIVE = (
     "num_episodes", "num_parallel_envs", "episodes_per_iteration", "num_ppo_epochs", "num_critic_epochs",

@@ -146,9 +146,10 @@ def _build_vla(
     """A vision-language-action policy; ``embedded`` is the directory that the path "tiny" names."""
     path = locate_policy(model_dir() / embedded if config.policy_path == "tiny" else config.policy_path)
     _check_features(config, path)
-    policy = family.from_pretrained(path, device, **vla_settings(config), **options)
     if config.compile_expert:
         _check_compiler(device)
+    policy = family.from_pretrained(path, device, **vla_settings(config), **options)
+    if config.compile_expert:
         policy.compile_expert()
     decisions = config.decisions_per_iteration
     plan = policy.plan_prefix_cache(
@@ -164,8 +165,8 @@ def _check_compiler(device: str) -> None:
         torch.compile(torch.nn.functional.silu)(torch.zeros(8, device=device))
     except RuntimeError as error:  # what torch's compilers derive their errors from
         raise ConfigError(
-            f"compile_expert: torch.compile does not work here: {error}. Install a C++ compiler and Python's headers "
-            "(apt-get install g++ python3-dev), or drop compile_expert"
+            f"compile_expert: torch.compile does not work on {device}: {error}. It needs a C++ compiler and Python's "
+            "headers (apt-get install g++ python3-dev), on cuda Triton; or drop compile_expert"
         ) from error
 
 
@@ -475,7 +476,8 @@ def evaluate_policy(
 ) -> EvalResult:
     """Noise-free episodes on fixed seeds with the policy object that acts in rollouts.
 
-    x_0 comes from a generator seeded with the first seed, so that a repeated evaluation gives the same figures.
+    x_0 comes from a generator seeded with the first seed: as many episodes with as many environments give the same
+    figures again.
     """
     vector_env = make_vector_env(env, even_batch(len(seeds), num_envs), autoreset=False)
     try:

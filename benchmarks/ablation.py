@@ -3,10 +3,11 @@
     python benchmarks/ablation.py --output-dir runs/ablation [--csv notes/results/ablation.csv] [--only LEVER ...]
     python benchmarks/ablation.py --output-dir runs/ablation --quick
 
-Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever; the figure is the noise-free success of
-the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Levers that change
-the chunk start from a policy of their own, made here by reinflow-sft-mlp from the same demonstrations: compare with the
-"start" column. Runs that exist are not repeated: the command can be stopped and started again.
+Every run is `train_reinflow.py --preset flow_mlp` with the flags of its lever, on larger rollouts and with twice the KL
+a step (BASELINE): the preset of the day when the table of notes/results was made. The figure is the noise-free success
+of the *last* weights on tuning seeds (nothing is picked), so a lever that ruins a policy late shows it. Levers that
+change the chunk start from a policy of their own, made here by reinflow-sft-mlp from the same demonstrations: compare
+with the "start" column. Runs that exist are not repeated: the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ sys.path.insert(0, str(ROOT))
 from reinflow.evaluate import wilson_interval  # noqa: E402, the checkout is not installed
 
 EPISODES_PER_ITERATION, EVAL_SEED = 256, 7_000
-WHOLE_ROLLOUT = ["--minibatch-size", "128", "--gradient-accumulation-steps", "6"]  # 256 x 3 decisions
+BASELINE = [
+    "--episodes-per-iteration", str(EPISODES_PER_ITERATION), "--target-kl", ".03", "--natural-momentum", ".5",
+    "--minibatch-size", "128", "--gradient-accumulation-steps", "6",  # 256 x 3 decisions
+]  # fmt: skip
 ADAM = ["--policy-optimizer", "adam", "--policy-lr", "1e-4", "--undo-overshoot"]
 WHITE = ["--noise-basis", "white", "--log-prob-reduction", "action", "--sigma-min", ".05", "--sigma-max", ".05"]
 # Lambda decays as fast in time as the preset's .7 for 50 control steps, here and below.
@@ -38,8 +42,9 @@ CHUNK_10 = [
     "--chunk-size", "10", "--n-action-steps", "10", "--chunks-per-episode", "15", "--num-noise-coefficients", "1",
     "--gae-lambda", ".93", "--gradient-accumulation-steps", "30",
 ]  # fmt: skip
+HALF = ["--episodes-per-iteration", "128", "--gradient-accumulation-steps", "3"]
 LEVERS: dict[str, list[str]] = {
-    "preset": [],
+    "baseline": [],
     "optimiser: adam, one step": ADAM,
     "optimiser: adam, 5 epochs of 128": [*ADAM, "--num-ppo-epochs", "5", "--gradient-accumulation-steps", "1"],
     "noise: white .05, ratio per action": WHITE,
@@ -65,7 +70,8 @@ LEVERS: dict[str, list[str]] = {
     "no critic": ["--no-train-critic"],
     "reward: seed formula": ["--reward-mode", "seed"],
     "reward: sparse success": ["--reward-mode", "sparse"],
-    "128 episodes an iteration": ["--episodes-per-iteration", "128", "--gradient-accumulation-steps", "3"],
+    "128 episodes an iteration": HALF,
+    "128 episodes an iteration, half the KL": [*HALF, "--target-kl", ".015", "--natural-momentum", ".7"],
     "damping 1": ["--natural-damping", "1"],
     "momentum 0": ["--natural-momentum", "0"],
     "anchor 0.1": ["--anchor-coeff", "0.1"],
@@ -86,8 +92,7 @@ def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> 
             "--seed", str(seed), "--episodes", str(episodes), "--report-episodes", "0",
             "--eval-interval", str(episodes // per_iteration), "--eval-seed", str(EVAL_SEED),
             "--eval-episodes", str(eval_episodes), "--flow-mlp-pretrained-path", starting_policy(lever, out),
-            "--output-dir", str(directory), "--episodes-per-iteration", str(EPISODES_PER_ITERATION),
-            *WHOLE_ROLLOUT, *flags,
+            "--output-dir", str(directory), *BASELINE, *flags,
         )  # fmt: skip
         (directory / "done").touch()
     return directory

@@ -1,9 +1,9 @@
 """End to end: where an iteration of `train_reinflow.py --preset tiny` spends its time, and how long it takes to start.
 
-    python benchmarks/end_to_end.py [--quick] [--csv FILE] [--iterations 9]
+    python benchmarks/end_to_end.py [--quick] [--csv FILE] [--iterations 17]
 
 * Phases: one short real run, read from its metrics.jsonl. The first iteration trains the critic alone and is left out.
-  The preset evaluates every fourth iteration: 9 iterations hold two evaluations, so that shares are those of a run.
+  The preset evaluates every eighth iteration: 17 iterations hold two evaluations, so that shares are those of a run.
 * Startup: `--help`, and a run up to the end of its first iteration, each in fresh processes. Ready is when the policy,
   the environments and the learner stand (config.json is written); the report of the starting policy on 200 seeds comes
   next, then the first iteration.
@@ -152,7 +152,7 @@ def measure_quickly() -> tuple[list[Row], list[Row]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = make_parser(__doc__)
-    parser.add_argument("--iterations", type=int, default=9)
+    parser.add_argument("--iterations", type=int, default=17)
     args = parser.parse_args(argv)
     threads = f"{PRESETS['tiny'].num_threads} torch threads, MuJoCo on all cores"
     if args.quick:

@@ -22,7 +22,7 @@ class UserError(Exception):
 
 def run_command(name: str, command: Callable[[], object]) -> None:
     """Run a front door; a UserError ends it with its message and exit code 1 instead of a traceback."""
-    gc.set_threshold(100_000, 50, 100)  # a million objects of imported modules stay: searching them takes a second
+    gc.set_threshold(100_000)  # imports make a million objects that stay: searching them again and again costs a second
     try:
         command()
     except UserError as error:

@@ -175,14 +175,16 @@ class PPOLearner:
             anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
         )
 
-    @torch.no_grad()
     def _guard_ratio(self, data: Decisions) -> dict[str, float]:
-        """Before the first optimiser step the ratio must be 1: the same kernel, weights and cached prefix."""
+        """Before the first optimiser step the ratio must be 1: the same kernel, weights and cached prefix.
+
+        With gradients, though none is taken: so it goes the way of the updates, through a compiled expert too.
+        """
         part = data[torch.arange(min(self.settings.minibatch_size, len(data)))]
-        score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
-        error = (score.log_prob - part.log_prob).exp().sub(1).abs().max().item()
+        new_log_prob = chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob.detach()
+        error = (new_log_prob - part.log_prob).exp().sub(1).abs().max().item()
         if not error <= RATIO_TOLERANCE:
-            raise RatioGuardError(self._name_the_cause(error, score.log_prob, part.log_prob))
+            raise RatioGuardError(self._name_the_cause(error, new_log_prob, part.log_prob))
         dims = part.log_prob.shape[1]
         coordinates = (
             len(self.spec.noisy_steps())

@@ -35,7 +35,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if not self.layers:
             raise ValueError("no linear layer is trainable: the natural gradient has nothing to move")
         super().__init__([m.weight for m in self.layers], {"lr": 0.0, "damping": damping, "momentum": momentum})
-        self._sums: dict[nn.Linear, tuple[Tensor, Tensor, Tensor]] = {}
+        self._sums: dict[nn.Linear, tuple[Tensor, Tensor]] = {}  # of a a^T and g g^T
         for layer in self.layers:
             layer.register_forward_hook(self._watch)
 
@@ -54,9 +54,10 @@ class NaturalGradient(torch.optim.Optimizer):
         output.register_hook(lambda g: self._add(layer, a, g.detach().flatten(0, -2).float()))
 
     def _add(self, layer: Any, a: Tensor, g: Tensor) -> None:
-        new = (a.T @ a, g.T @ g, g.T @ a)
-        old = self._sums.get(layer)
-        self._sums[layer] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
+        inputs, outputs = a.T @ a, g.T @ g
+        if layer in self._sums:
+            inputs, outputs = inputs + self._sums[layer][0], outputs + self._sums[layer][1]
+        self._sums[layer] = inputs, outputs
 
     def state_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept for a layer's weight, for the strict loading of checkpoints."""
@@ -79,9 +80,12 @@ class NaturalGradient(torch.optim.Optimizer):
     def _direction(self, layer: nn.Linear) -> Tensor:
         group, state = self.param_groups[0], self.state[layer.weight]
         width = layer.in_features + (layer.bias is not None)
-        fresh = self._sums.get(layer)
-        if fresh is None or not bool(fresh[1].any()):  # fixed noise: the noise head gets no gradient
+        covariances = self._sums.get(layer)
+        if covariances is None or not bool(covariances[1].any()):  # fixed noise: the noise head gets no gradient
             return layer.weight.new_zeros(layer.out_features, width)
+        gradients = [p.grad for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
+        gradient = torch.cat([g.float().reshape(layer.out_features, -1) for g in gradients], dim=1)
+        fresh = (*covariances, gradient)
         for name, new in zip(("input", "output", "gradient"), fresh, strict=True):
             keep = group["momentum"] if name in state else 0.0
             state[name] = new if keep == 0.0 else keep * state[name] + (1 - keep) * new

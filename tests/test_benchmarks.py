@@ -176,4 +176,4 @@ def test_gpu_script_says_what_is_missing():
 
 @pytest.mark.slow
 def test_ablation(tmp_path):
-    assert "| preset |" in run("ablation.py", "--quick", "--output-dir", str(tmp_path))
+    assert "| baseline |" in run("ablation.py", "--quick", "--output-dir", str(tmp_path))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -54,11 +55,29 @@ def test_threads_draw_what_one_context_draws(
     renderer.close()
 
 
-def test_a_failed_job_is_raised_where_its_images_are_wanted(scene: PickScene) -> None:
+def test_a_failed_job_is_raised_where_its_images_are_wanted(scene: PickScene, poses: np.ndarray) -> None:
     renderer = ParallelRenderer(scene.model, CAMERAS, SIZE, 2)
     with pytest.raises(ValueError, match="shape"):
         renderer.render_all(np.zeros((2, 3)))
+    assert len(renderer.render_all(poses)) == len(poses)
     renderer.close()
+
+
+def test_threads_that_started_end_when_a_later_one_cannot(scene: PickScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, before = [], threading.active_count()
+
+    def scarce(*args: Any) -> SceneRenderer:
+        if made:
+            raise RenderError("no second context")
+        made.append(SceneRenderer(*args))
+        return made[0]
+
+    monkeypatch.setattr("so101_renderer.SceneRenderer", scarce)
+    with pytest.raises(RenderError, match="second"):
+        ParallelRenderer(scene.model, CAMERAS, SIZE, 2)
+    assert threading.active_count() == before
+    with pytest.raises(RenderError, match="closed"):
+        made[0].render(np.zeros(scene.model.nq))
 
 
 def test_a_closed_renderer_says_so(scene: PickScene, poses: np.ndarray) -> None:
@@ -79,7 +98,7 @@ def test_threads_end_with_a_renderer_that_nobody_holds(scene: PickScene) -> None
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize("backend", ["sequential", "batched"])

@@ -62,7 +62,7 @@ def test_a_compiler_that_does_not_work_is_named_before_training(small, monkeypat
     def broken(*_: object) -> None:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr("torch.compile", broken)
+    monkeypatch.setattr("torch.compile", lambda _: broken)
     with pytest.raises(ConfigError, match=r"compile_expert.*no g\+\+.*apt-get install"):
         train(replace(small, compile_expert=True, policy_optimizer="adam"))
 
