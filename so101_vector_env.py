@@ -371,14 +371,12 @@ class BatchedVectorEnv(InProcessVectorEnv):
 
     def _observe(self, envs: Sequence[int]) -> list[Observation]:
         rows = self._rows[list(envs)]
-        observations: list[Observation] = [{"agent_pos": agent_pos} for agent_pos in self.scene.agent_pos(rows)]
+        seen: dict[str, Sequence[Any] | NDArray[Any]] = {"agent_pos": self.scene.agent_pos(rows)}
         if self._renderer is not None:
-            images = self._renderer.render_all(rows[:, : self.scene.model.nq])
-            observations = [seen | {"pixels": pixels} for seen, pixels in zip(observations, images, strict=True)]
+            seen["pixels"] = self._renderer.render_all(rows[:, : self.scene.model.nq])
         if self.config.environment_state:
-            states = self.scene.environment_state(rows, [self._logs[env].length for env in envs])
-            observations = [seen | {"environment_state": s} for seen, s in zip(observations, states, strict=True)]
-        return observations
+            seen["environment_state"] = self.scene.environment_state(rows, [self._logs[env].length for env in envs])
+        return [dict(zip(seen, values, strict=True)) for values in zip(*seen.values(), strict=True)]
 
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
         if not len(live):
