@@ -422,10 +422,12 @@ class TrainingRun:
             checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
 
     def _evaluate(self, first_seed: int, episodes: int) -> EvalResult:
-        return evaluate_policy(
-            self.policy, self.spec, env_config(self.config), range(first_seed, first_seed + episodes),
-            self.config.num_parallel_envs, self.device,
-        )  # fmt: skip
+        """Noise-free episodes with the policy that acts in rollouts. x_0 comes from a generator seeded with the first
+        seed: as many episodes with as many environments give the same figures again."""
+        num_envs = even_batch(episodes, self.config.num_parallel_envs)
+        act = noise_free_actor(self.policy, self.spec, first_seed, self.device)
+        with make_vector_env(env_config(self.config), num_envs, autoreset=False) as env:
+            return evaluate(act, env, range(first_seed, first_seed + episodes))
 
     def log(self) -> None:
         """Metrics of this iteration to console, metrics.jsonl and wandb; the doctor reads them too."""
@@ -464,26 +466,6 @@ class TrainingRun:
         result = self._evaluate(self.config.report_seed, self.config.report_episodes)
         write_eval_info(self.run_dir / f"eval_{when}.json", result.to_lerobot_info(TASK_GROUP))
         self.tracker.message(f"{when} training, seeds from {self.config.report_seed}: {result.summary()}")
-
-
-def evaluate_policy(
-    policy: FlowPolicy,
-    spec: ChainSpec,
-    env: EnvConfig,
-    seeds: range,
-    num_envs: int,
-    device: str,
-) -> EvalResult:
-    """Noise-free episodes on fixed seeds with the policy object that acts in rollouts.
-
-    x_0 comes from a generator seeded with the first seed: as many episodes with as many environments give the same
-    figures again.
-    """
-    vector_env = make_vector_env(env, even_batch(len(seeds), num_envs), autoreset=False)
-    try:
-        return evaluate(noise_free_actor(policy, spec, seeds.start, device), vector_env, list(seeds))
-    finally:
-        vector_env.close()
 
 
 def _rollout_metrics(info: RolloutInfo) -> dict[str, float]:
