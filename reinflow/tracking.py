@@ -129,9 +129,11 @@ class PlainConsole(Sink):
 
     def __init__(self, console: Console, num_episodes: int, episodes_done: int) -> None:
         self.console, self.num_episodes, self.first_episode = console, num_episodes, episodes_done
-        self.start = time.monotonic()
+        self.start: float | None = None
 
     def log(self, metrics: Mapping[str, float]) -> None:
+        if self.start is None:  # not when the run was opened: a report on the starting policy is not training
+            self.start = time.monotonic() - metrics.get("time/iteration", 0.0)
         self.console.print(self._line(metrics), highlight=False, markup=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
@@ -164,7 +166,7 @@ class PlainConsole(Sink):
     def _eta(self, episodes: float) -> str:
         """Time left at this session's pace."""
         done = episodes - self.first_episode
-        if done <= 0:
+        if done <= 0 or self.start is None:
             return "?"
         seconds = (time.monotonic() - self.start) / done * max(self.num_episodes - episodes, 0)
         return str(timedelta(seconds=round(seconds)))

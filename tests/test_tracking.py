@@ -102,6 +102,19 @@ def test_plain_console_prints_one_readable_line(tmp_path):
     assert message == "saved [000003]"
 
 
+def test_eta_counts_from_the_start_of_the_first_iteration(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("reinflow.tracking.time.monotonic", lambda: clock[0])
+    out = console()
+    with open_tracker(tmp_path, console=out) as tracker:
+        clock[0] = 1000.0  # a report on the starting policy
+        tracker.log(1, {"progress/episodes": 25, "time/iteration": 10.0})
+        clock[0] = 1020.0
+        tracker.log(2, {"progress/episodes": 50, "time/iteration": 20.0})
+    first, second = out.file.getvalue().splitlines()
+    assert first.endswith("ETA 0:00:30") and second.endswith("ETA 0:00:30")
+
+
 def test_eta_is_unknown_before_the_first_episode_of_a_session(tmp_path):
     out = console()
     with open_tracker(tmp_path, episodes_done=50, console=out) as tracker:
