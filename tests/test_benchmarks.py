@@ -98,7 +98,7 @@ def test_physics_variants_end_in_the_same_state():
 def test_rendering(tmp_path):
     tables = quick("rendering", tmp_path)
     (row,), (split,) = tables[""], tables["split"]
-    assert len(numbers(row, ", ms")) == 4
+    assert len(numbers(row, ", ms")) == 5
     assert min(numbers(row, ", ms")) > 0
     assert float(split["mjr_readPixels, ms"]) > 0
 
