@@ -241,7 +241,7 @@ class TrainingConfig:
     prefix_cache_gb: float = 0.0
     """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
     compile_expert: bool = False
-    """Gradients of the action expert by torch.compile: on a CPU 1.2 to 1.4 times as fast with Adam, after a minute or
+    """Gradients of the action expert by torch.compile: on a CPU 1.2 to 1.7 times as fast with Adam, after a minute or
     two of compiling in the first update. Acting stays as it is. Not for natural steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
