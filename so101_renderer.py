@@ -97,7 +97,7 @@ class SceneRenderer:
 
 
 def gl_backend() -> str:
-    """ "egl", "osmesa", or what else MUJOCO_GL says; "" leaves it to mujoco."""
+    """What MUJOCO_GL says; without it EGL on Linux, elsewhere mujoco's own choice ("")."""
     return os.environ.get("MUJOCO_GL", "").lower() or ("egl" if sys.platform == "linux" else "")
 
 

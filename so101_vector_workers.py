@@ -223,7 +223,7 @@ def worker_main(pipe_fd: str) -> None:
             break
         try:
             reply = ("ok", _serve(env, method, argument))
-        except Exception:
+        except Exception:  # raised again in the parent, by _collect
             reply = ("error", traceback.format_exc())
         pipe.send(reply)
     env.close()

@@ -111,13 +111,17 @@ def test_a_program_that_closes_nothing_ends_without_a_sound(backend: str) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("backend", ["sequential", "batched"])
-def test_a_renderer_that_cannot_start_says_what_to_do(backend: str) -> None:
-    done = run(
-        "import os; os.environ['MUJOCO_GL'] = 'osmesa'; os.environ['PYOPENGL_PLATFORM'] = 'egl'\n"
-        "from so101_vector_env import EnvConfig, make_vector_env\n"
-        f"make_vector_env(EnvConfig(), 2, {backend!r})"
-    )
+@pytest.mark.parametrize(
+    "work",
+    [
+        "from so101_gym_env import SO101PickEnv; SO101PickEnv().reset(seed=0)",
+        "from so101_vector_env import EnvConfig, make_vector_env; make_vector_env(EnvConfig(), 2, 'sequential')",
+        "from so101_vector_env import EnvConfig, make_vector_env; make_vector_env(EnvConfig(), 2, 'batched')",
+    ],
+    ids=["single", "sequential", "batched"],
+)
+def test_a_renderer_that_cannot_start_says_what_to_do(work: str) -> None:
+    done = run(f"import os; os.environ['MUJOCO_GL'] = 'osmesa'; os.environ['PYOPENGL_PLATFORM'] = 'egl'\n{work}")
     assert done.returncode != 0
     assert "RenderError: cannot render off screen with MUJOCO_GL='osmesa'" in done.stderr
     assert "apt-get install" in done.stderr
