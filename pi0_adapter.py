@@ -7,8 +7,6 @@ that it predicts. And the expert is large enough to ask for recomputed activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,18 +14,17 @@ import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
-from pi0_directory import export_pi0, load_pi0
 from reinflow.policy import Context
-from reinflow_vla import Prefix, ReinFlowVLA
-
-ADAPTED_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from reinflow_vla.base import Prefix, ReinFlowVLA
+from reinflow_vla.lora import adapters, add_adapters, merged_adapters
+from reinflow_vla.pi0_directory import export_pi0, load_pi0
+from reinflow_vla.recompute import recompute_layers
 
 
 class ReinFlowPi0(ReinFlowVLA):
-    """A stock PI0Policy or PI05Policy with ReinFlow's noise head and critic. Implements reinflow.policy.FlowPolicy."""
+    """A stock PI0Policy or PI05Policy with ReinFlow's noise head and critic."""
 
     num_steps_field = "num_inference_steps"
 
@@ -138,73 +135,3 @@ class ReinFlowPi0(ReinFlowVLA):
         """Write a stock LeRobot policy directory: no noise head, no critic, adapters merged into the layers."""
         with merged_adapters(self.expert()):
             export_pi0(self.vla, self.preprocessor, self.postprocessor, directory)
-
-
-class FixedPrefix:
-    """A layer's cached prefix that a layer may look at but not change, so that it can run twice."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of prefix and suffix, (B, heads, P + n, head_dim)."""
-        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-
-
-def recompute_layers(expert: Any) -> None:
-    """Gradient checkpointing of every layer.
-
-    The library's own works in training mode only and drops the cache; here modules act and learn in eval mode.
-    """
-    for index, layer in enumerate(expert.layers):
-        layer.forward = _recomputed(layer.forward, index)
-
-
-def _recomputed(forward: Callable[..., Tensor], index: int) -> Callable[..., Tensor]:
-    def run(hidden_states: Tensor, *, past_key_values: DynamicCache, **options: Any) -> Tensor:
-        layer: Any = past_key_values.layers[index]
-        options["past_key_values"] = FixedPrefix(layer.keys, layer.values)
-        if not torch.is_grad_enabled():
-            return forward(hidden_states, **options)
-        return checkpoint(forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **options)
-
-    return run
-
-
-def add_adapters(expert: nn.Module, rank: int) -> None:
-    """LoRA of ``rank`` beside all linear layers of the expert's attention and MLPs; zero at the start."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED_LAYERS, lora_dropout=0.0)
-    inject_adapter_in_model(config, expert)
-
-
-def adapters(expert: nn.Module) -> list[nn.Module]:
-    """The low-rank factors."""
-    return [module for name, module in expert.named_modules() if name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")]
-
-
-@contextmanager
-def merged_adapters(expert: nn.Module) -> Iterator[None]:
-    """The expert with plain linear layers that hold what layer and adapter give together; put back bit for bit."""
-    from peft.tuners.lora import Linear
-
-    adapted = [(name, module) for name, module in expert.named_modules() if isinstance(module, Linear)]
-    originals = []
-    for name, module in adapted:
-        base: Any = module.get_base_layer()
-        originals.append(base.weight.data)
-        base.weight.data = base.weight.data + module.get_delta_weight("default")
-        _put(expert, name, base)
-    try:
-        yield
-    finally:
-        for (name, module), weight in zip(adapted, originals, strict=True):
-            module.get_base_layer().weight.data = weight
-            _put(expert, name, module)
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule ``name`` of ``root``."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from reinflow.policy import Context
-from reinflow_vla import Prefix, ReinFlowVLA
-from smolvla_tiny import export_policy, load_smolvla
+from reinflow_vla.base import Prefix, ReinFlowVLA
+from reinflow_vla.smolvla_directory import export_policy, load_smolvla
 
 
 class ReinFlowSmolVLA(ReinFlowVLA):
-    """A stock SmolVLAPolicy with ReinFlow's noise head and critic. Implements reinflow.policy.FlowPolicy."""
+    """A stock SmolVLAPolicy with ReinFlow's noise head and critic."""
 
     num_steps_field = "num_steps"
 

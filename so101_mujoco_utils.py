@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:  # settings are checked before MuJoCo is loaded
+    import mujoco
 
 Array = NDArray[np.float64]
 
@@ -116,16 +119,32 @@ def clip_to_limits(target_rad: ArrayLike, limits_rad: ArrayLike) -> tuple[Array,
 
 
 def model_dir() -> Path:
-    """The directory of scene.xml: `model/` in a checkout, `so101_model/` in an installed wheel.
+    """The directory of scene.xml and the embedded policies: `model/` in a checkout, inside so101_sim in a wheel.
 
     Raises:
         FileNotFoundError: neither is beside this module.
     """
     here = Path(__file__).resolve().parent
-    for name in ("model", "so101_model"):
+    for name in ("model", "so101_sim/model"):
         if (here / name / "scene.xml").is_file():
             return here / name
-    raise FileNotFoundError(f"no model/scene.xml or so101_model/scene.xml in {here}: reinstall, or pass model_path")
+    raise FileNotFoundError(f"no model/scene.xml or so101_sim/model/scene.xml in {here}: reinstall, or pass model_path")
+
+
+DEFAULT_SCENE = "model/scene.xml"
+
+
+def scene_path(model_path: str | Path | None) -> Path:
+    """The MJCF file that ``model_path`` names; the default name means the shipped scene wherever one stands.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if model_path is None or (str(model_path) == DEFAULT_SCENE and not Path(DEFAULT_SCENE).is_file()):
+        return model_dir() / "scene.xml"
+    if not Path(model_path).is_file():
+        raise FileNotFoundError(f"model_path={model_path} does not exist: leave it out for the shipped scene")
+    return Path(model_path)
 
 
 def load_model(model_path: str | Path | None = None, cameras: tuple[str, ...] = CAMERA_NAMES) -> mujoco.MjModel:
@@ -139,9 +158,9 @@ def load_model(model_path: str | Path | None = None, cameras: tuple[str, ...] = 
         FileNotFoundError: no such file.
         ValueError: the file does not compile, or elements are missing; every missing one is listed.
     """
-    path = Path(model_path) if model_path is not None else model_dir() / "scene.xml"
-    if not path.is_file():
-        raise FileNotFoundError(f"model_path {str(path)!r} does not exist: leave it out for the shipped scene")
+    import mujoco
+
+    path = scene_path(model_path)
     model = mujoco.MjModel.from_xml_path(str(path))
     missing = _missing_elements(model, cameras)
     if missing:
@@ -150,6 +169,8 @@ def load_model(model_path: str | Path | None = None, cameras: tuple[str, ...] = 
 
 
 def _missing_elements(model: mujoco.MjModel, cameras: tuple[str, ...]) -> list[str]:
+    import mujoco
+
     obj = mujoco.mjtObj
     wanted = [("joint", obj.mjOBJ_JOINT, name) for name in JOINT_NAMES]
     wanted += [("actuator", obj.mjOBJ_ACTUATOR, name) for name in JOINT_NAMES]
@@ -173,6 +194,8 @@ def _missing_elements(model: mujoco.MjModel, cameras: tuple[str, ...]) -> list[s
 
 
 def _block_is_free(model: mujoco.MjModel) -> bool:
+    import mujoco
+
     body = model.body("block")
     return bool(body.jntnum[0] == 1 and model.jnt_type[body.jntadr[0]] == mujoco.mjtJoint.mjJNT_FREE)
 

@@ -6,21 +6,39 @@
     python train_reinflow.py --preset tiny-pi0      a tiny Pi0 with random weights: it runs, it does not learn
     python train_reinflow.py --help                 every field
 
-This file holds the configuration (``TrainingConfig``, the one place of defaults) and the training loop. The loop's
-parts are in training_run.py, the algorithm's rooms in reinflow/.
+This file holds the configuration (``TrainingConfig``, the one place of defaults) and the training loop with its verbs:
+rollout, update, evaluate. The algorithm's rooms are in reinflow/, the arm is in so101_sim/.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from reinflow import run_command
-from training_checks import check_config, starting_point
+from reinflow.schedules import in_critic_warmup, linear_decay, noise_bounds, warmup_lr
+from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, config_from_json, config_to_json, cut
+from reinflow_so101.checks import check_config
+from reinflow_so101.command_line import check_resumed, parse_flags, run_directory, starting_point
+from so101_sim.config import EnvConfig
+
+if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help takes half a second
+    from reinflow.evaluate import EvalResult
+    from reinflow.flow import ChainSpec
+    from reinflow.learner import LearnerSettings
+    from reinflow.policy import FlowPolicy
+    from reinflow.rollout import RolloutBuffer, RolloutSettings
+    from reinflow.run import Run, RunSettings
+    from reinflow_so101.policies import PolicySettings
 
 PI = 3.141592653589793
 
@@ -44,7 +62,7 @@ class TrainingConfig:
     """Precision of Pi0's frozen language model; vision tower and all that learns are fp32."""
     pi0_gradient_checkpointing: bool = True
     """Recompute the activations of Pi0's expert in the backward pass, so that it fits in 24 GB."""
-    peft_rank: int = 0
+    peft_rank: Annotated[int, NOT_NEGATIVE] = 0
     """R > 0 trains adapters of rank R (LoRA) beside the linear layers of Pi0's expert instead of the layers; exports
     merge them."""
     flow_mlp_pretrained_path: str = "embedded"
@@ -63,17 +81,17 @@ class TrainingConfig:
     critic_input: Literal["features", "state"] = "features"
     """What the critic reads: the policy's prefix features, or the simulator's privileged state (an asymmetric
     actor-critic; the critic is not deployed)."""
-    critic_hidden_size: int = 512
+    critic_hidden_size: Annotated[int, POSITIVE] = 512
     """Width of the critic's first hidden layer; the second is half of it."""
 
     # --- How much --------------------------------------------------------------------------------------------------
-    num_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 20_000
+    num_episodes: Annotated[int, POSITIVE, tyro.conf.arg(aliases=["--episodes"])] = 20_000
     """Training episodes in all."""
-    num_parallel_envs: Annotated[int, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
+    num_parallel_envs: Annotated[int, POSITIVE, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
-    episodes_per_iteration: int = 40
+    episodes_per_iteration: Annotated[int, POSITIVE] = 40
     """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """Of weights, noise, shuffling and training blocks. Seeds from 10,000 up are for reporting only."""
 
     # --- PPO -------------------------------------------------------------------------------------------------------
@@ -83,63 +101,63 @@ class TrainingConfig:
     """Damping of K-FAC's covariances, as a share of their mean diagonal."""
     natural_momentum: float = 0.5
     """Share of gradient and covariances that K-FAC keeps from one update to the next."""
-    policy_lr: float = 3e-6
+    policy_lr: Annotated[float, POSITIVE] = 3e-6
     """Adam's learning rate of the policy. A step's KL grows with lr^2 x D / sigma^2: D = 300 needs a small one."""
-    critic_lr: float = 1e-4
+    critic_lr: Annotated[float, POSITIVE] = 1e-4
     """Adam's learning rate of the critic; it moves no action, so it can be larger."""
-    clip_epsilon: float = 0.15
+    clip_epsilon: Annotated[float, POSITIVE] = 0.15
     """PPO clip of the ratio."""
-    target_kl: float = 0.1
+    target_kl: Annotated[float, NOT_NEGATIVE] = 0.1
     """Stop an iteration's policy steps once the KL, measured after a step, exceeds this; 0 never stops."""
     undo_overshoot: bool = False
     """Take back a step whose KL exceeds 1.5 x target_kl and halve the rate, which recovers while KL stays low."""
-    num_ppo_epochs: int = 5
+    num_ppo_epochs: Annotated[int, POSITIVE] = 5
     """Passes of the policy over a rollout."""
-    num_critic_epochs: int = 5
+    num_critic_epochs: Annotated[int, POSITIVE] = 5
     """Passes of the critic over a rollout."""
-    minibatch_size: int = 8
+    minibatch_size: Annotated[int, POSITIVE] = 8
     """Decisions per forward and backward pass; a matter of memory."""
-    gradient_accumulation_steps: int = 15
+    gradient_accumulation_steps: Annotated[int, POSITIVE] = 15
     """Minibatches per optimiser step; the effective batch is minibatch_size x this."""
-    gamma: float = 0.999
+    gamma: Annotated[float, FRACTION] = 0.999
     """Discount."""
     discount_per: Literal["control_step", "chunk"] = "control_step"
     """What gamma counts: control steps (a chunk of tau steps discounts gamma^tau) or chunks, as in the paper's code."""
     time_limit_is_terminal: bool = False
     """Whether the time limit belongs to the task. False adds V(final observation) where it struck, which nothing trains
     when every episode starts at step 0 and ends at the limit: the critic then feeds on itself."""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, FRACTION] = 0.95
     """Bias against variance in the advantage; counts decisions, or control steps with credit=control_step."""
     credit: Literal["decision", "control_step"] = "decision"
     """What has a value of its own: decisions, or every control step by the simulator's state, so that each executed
     action has its own advantage (with white noise; a cosine takes that of the chunk's first step)."""
-    value_clip_epsilon: float = 0.2
+    value_clip_epsilon: Annotated[float, NOT_NEGATIVE] = 0.2
     """Clip of the value update, in standard deviations of the return; 0 is off."""
-    entropy_coeff: float = 0.0
+    entropy_coeff: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the noise's entropy."""
-    anchor_coeff: float = 0.0
+    anchor_coeff: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the squared distance to the starting policy's denoising steps, on the rollout's own noise; 0 is off."""
-    grad_clip_norm: float = 0.25
+    grad_clip_norm: Annotated[float, POSITIVE] = 0.25
     """Largest gradient norm, policy and critic each."""
-    lr_warmup_iterations: int = 10
+    lr_warmup_iterations: Annotated[int, NOT_NEGATIVE] = 10
     """Iterations over which policy_lr rises linearly."""
-    lr_decay_ratio: float = 1.0
+    lr_decay_ratio: Annotated[float, FRACTION] = 1.0
     """Final policy_lr (with natural: target_kl) as a fraction of the first; it falls linearly over num_episodes."""
-    critic_warmup_iters: int = 30
+    critic_warmup_iters: Annotated[int, NOT_NEGATIVE] = 30
     """First iterations that train the critic alone, on the same targets."""
 
     # --- The noisy denoising chain ---------------------------------------------------------------------------------
-    num_denoising_steps: int = 1
+    num_denoising_steps: Annotated[int, POSITIVE] = 1
     """K, Euler steps from noise to action; evaluation and export use the same."""
-    sigma_min: float = 0.25
+    sigma_min: Annotated[float, POSITIVE] = 0.25
     """Smallest std of the exploration noise, in normalised action units."""
-    sigma_max: float = 0.50
+    sigma_max: Annotated[float, POSITIVE] = 0.50
     """Largest."""
     noise_schedule: Literal["hold_cosine", "constant", "linear", "exponential"] = "hold_cosine"
     """How sigma_max falls over training."""
-    noise_decay_start: float = 1.0
+    noise_decay_start: Annotated[float, FRACTION] = 1.0
     """Fraction of training before hold_cosine starts to fall; 1 never."""
-    noise_decay_ratio: float = 0.7
+    noise_decay_ratio: Annotated[float, FRACTION] = 0.7
     """Final sigma_max as a fraction of the first."""
     auto_scale: bool = False
     """Take sigma_min, sigma_max, policy_lr and target_kl as the paper's, for D = 28, and scale them to this D."""
@@ -147,32 +165,32 @@ class TrainingConfig:
     """Ratios per decision: one for the chunk, one per control step, one per noise coordinate, or the paper's mean."""
     noise_basis: Literal["white", "dct"] = "white"
     """Noise on every action, or only on the lowest cosines of the chunk's time axis (smooth exploration)."""
-    num_noise_coefficients: int = 5
+    num_noise_coefficients: Annotated[int, POSITIVE] = 5
     """Cosines per joint with noise_basis=dct."""
     noise_last_step_only: bool = False
     """Draw noise in the last of the K denoising steps only."""
 
     # --- Chunks and episodes ---------------------------------------------------------------------------------------
-    chunk_size: int = 50
+    chunk_size: Annotated[int, POSITIVE] = 50
     """Actions the policy predicts; fixed by the pretrained model and checked against it."""
-    n_action_steps: int = 50
+    n_action_steps: Annotated[int, POSITIVE] = 50
     """Actions of a chunk that are executed before the next observation."""
-    chunks_per_episode: int = 3
+    chunks_per_episode: Annotated[int, POSITIVE] = 3
     """Decisions per episode; times n_action_steps it must be max_steps_per_episode."""
-    max_steps_per_episode: int = 150
+    max_steps_per_episode: Annotated[int, POSITIVE] = 150
     """Control steps (50 Hz) before an episode is truncated."""
 
     # --- Environment -----------------------------------------------------------------------------------------------
     model_path: str = "model/scene.xml"
-    """MJCF scene. A relative path is looked for here first, then beside the installed package."""
+    """MJCF scene; the default is the shipped one, wherever the command runs."""
     instruction: str = "pick up the block"
     """Task given to the policy."""
-    steps_per_action: int = 10
+    steps_per_action: Annotated[int, POSITIVE] = 10
     """Physics substeps of 2 ms per control step."""
     starting_position: tuple[float, float, float, float, float, float] = (0.06, -100.21, 89.95, 66.46, 5.96, 1.0)
     """Joint angles at reset in MuJoCo degrees; clipped to the limits."""
-    start_noise_deg: float = 0.0
-    """Std of a perturbation of the five arm joints at reset."""
+    start_noise_deg: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Uniform perturbation of every joint at reset, up to so many degrees to either side."""
     block_pos: tuple[float, float, float] = (0.0, 0.3, 0.0125)
     """Block position at reset in metres, unless randomize_block."""
     randomize_block: bool = False
@@ -185,9 +203,9 @@ class TrainingConfig:
     """And is turned by up to +- this."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
     """Cameras to render; the policy's must be among them."""
-    image_size: int = 256
+    image_size: Annotated[int, POSITIVE] = 256
     """Height and width of every image."""
-    lift_threshold: float = 0.08
+    lift_threshold: Annotated[float, POSITIVE] = 0.08
     """Block height in metres that counts as lifted."""
     reward_mode: Literal["seed", "staged", "sparse"] = "seed"
     """seed: -distance + bonuses; staged: reach, grasp, lift and success terms; sparse: success alone (table in
@@ -204,16 +222,16 @@ class TrainingConfig:
     """Never open a window; contradicts render."""
 
     # --- Evaluation ------------------------------------------------------------------------------------------------
-    eval_interval: int = 10
+    eval_interval: Annotated[int, NOT_NEGATIVE] = 10
     """Iterations between noise-free evaluations on tuning seeds; 0 never. They choose the best checkpoint: the last one
     within a standard error of the highest success."""
-    eval_episodes: int = 100
+    eval_episodes: Annotated[int, POSITIVE] = 100
     """Episodes of one such evaluation."""
-    eval_seed: int = 5_000
+    eval_seed: Annotated[int, NOT_NEGATIVE] = 5_000
     """First tuning seed; below 10,000."""
-    report_episodes: int = 200
+    report_episodes: Annotated[int, NOT_NEGATIVE] = 200
     """Episodes of the evaluation before and after training, on seeds from report_seed; 0 leaves it out."""
-    report_seed: int = 10_000
+    report_seed: Annotated[int, NOT_NEGATIVE] = 10_000
     """First reporting seed; nothing is ever chosen by these."""
 
     # --- Run directory and tracking --------------------------------------------------------------------------------
@@ -223,11 +241,11 @@ class TrainingConfig:
     """What --resume continues: a run or checkpoint directory. If there is none of that name, output_dir is meant."""
     resume: bool = False
     """Continue a run from its last checkpoint, with its own config.json."""
-    save_interval: int = 10
+    save_interval: Annotated[int, POSITIVE] = 10
     """Episodes between checkpoints (rounded up to whole iterations)."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, POSITIVE] = 3
     """Newest checkpoints to keep, besides last and best."""
-    log_interval: int = 1
+    log_interval: Annotated[int, POSITIVE] = 1
     """Episodes between log lines (rounded up to whole iterations)."""
     wandb_enabled: Annotated[bool, tyro.conf.arg(aliases=["--wandb"])] = True
     """Log to Weights & Biases."""
@@ -238,19 +256,60 @@ class TrainingConfig:
     prefix_cache: Literal["auto", "kv", "embeddings", "none"] = "auto"
     """What a rollout keeps of the frozen prefix: kv (an update runs the action expert alone), embeddings (and the
     language model), none (and the vision tower); auto takes the first that fits, on CUDA in host memory if need be."""
-    prefix_cache_gb: float = 0.0
+    prefix_cache_gb: Annotated[float, NOT_NEGATIVE] = 0.0
     """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
     compile_expert: bool = False
     """Gradients of the action expert by torch.compile: on a CPU 1.2 to 1.7 times as fast with Adam, after a minute or
     two of compiling in the first update. Acting stays as it is. Not for natural steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
-    num_threads: int = 0
+    num_threads: Annotated[int, NOT_NEGATIVE] = 0
     """Threads of torch; 0 is its own choice. MuJoCo always takes all cores. The last digits of the results depend on
     this number."""
 
     def __post_init__(self) -> None:
         check_config(self)
+
+    # What each room takes of it
+
+    def env(self) -> EnvConfig:
+        """The environment."""
+        blind = self.model_type == "flow_mlp"  # it sees the simulator's state and no pixels
+        return cut(
+            self, EnvConfig, render_images=not blind, environment_state=blind or self.critic_input == "state"
+        )  # fmt: skip
+
+    def policy(self) -> PolicySettings:
+        """Which policy, and what of it learns."""
+        from reinflow_so101.policies import PolicySettings
+
+        return cut(self, PolicySettings, policy_path=self.policy_path)
+
+    def chain(self) -> ChainSpec:
+        """The denoising chain."""
+        from reinflow.flow import ChainSpec
+
+        return cut(self, ChainSpec, reduction=self.log_prob_reduction)
+
+    def rollout(self) -> RolloutSettings:
+        """How rewards inside a chunk count."""
+        from reinflow.rollout import RolloutSettings
+
+        return cut(self, RolloutSettings)
+
+    def learner(self) -> LearnerSettings:
+        """The update."""
+        from reinflow.learner import LearnerSettings
+
+        return cut(self, LearnerSettings)
+
+    def run(self) -> RunSettings:
+        """How long, and what is left behind."""
+        from reinflow.run import RunSettings
+
+        return cut(self, RunSettings, wandb_mode=self.wandb_mode if self.wandb_enabled else "off")
+
+    # What follows from it
 
     @property
     def decisions_per_iteration(self) -> int:
@@ -348,31 +407,173 @@ PRESETS["flow_mlp"] = replace(
 )
 
 
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
 def train(config: TrainingConfig) -> None:
     """Run (or continue) a training; the loop of the algorithm."""
-    from training_run import TrainingRun
-
-    with TrainingRun.open(config) as run:
-        run.report("before")
+    config, run = open_run(config)
+    with run:
+        report(run, config, "before")
         for iteration in run.iterations():
-            run.update(run.rollout())  # no name: the next rollout must not find this one still in memory
-            if run.due(config.eval_interval, iteration):
-                run.evaluate()
+            update(run, config, rollout(run, config))  # no name: the next must not find this one still in memory
+            if config.eval_interval and iteration % config.eval_interval == 0:
+                evaluate(run, config)
             run.log()
             run.save_if_due()
         run.finish()
-        run.report("after")
+        report(run, config, "after")
+
+
+def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
+    """Act with exploration noise for whole episodes."""
+    from reinflow.rollout import collect_rollout
+
+    sigma_min, sigma_max = noise_bounds(
+        run.progress, config.sigma_min, config.sigma_max,
+        config.noise_schedule, config.noise_decay_start, config.noise_decay_ratio,
+    )  # fmt: skip
+    run.policy.set_noise_bounds(sigma_min, sigma_max)
+    buffer, info, run.current = collect_rollout(
+        run.policy, run.env, run.current, config.chunk_steps_per_rollout,
+        config.chain(), config.rollout(), run.learner.normalizer, run.generator,
+    )  # fmt: skip
+    run.episodes += len(info.episodes)
+    run.metrics |= info.metrics() | {"noise/sigma_min": sigma_min, "noise/sigma_max": sigma_max}
+    return buffer
+
+
+def update(run: Run, config: TrainingConfig, buffer: RolloutBuffer) -> None:
+    """Advantages, then steps of the policy within its KL limit, then of the critic; at first of the critic alone."""
+    done = run.iteration - 1
+    warmup = warmup_lr(max(done - config.critic_warmup_iters, 0), config.lr_warmup_iterations)
+    run.metrics |= run.learner.update(
+        buffer,
+        lr_factor=warmup * linear_decay(run.progress, config.lr_decay_ratio),
+        critic_only=in_critic_warmup(done, config.critic_warmup_iters),
+    )
+
+
+def evaluate(run: Run, config: TrainingConfig) -> None:
+    """Noise-free success on tuning seeds, which chooses the best checkpoint."""
+    result = play(run.policy, config, config.eval_seed, config.eval_episodes)
+    run.metrics |= result.metrics()
+    run.keep_if_best(result)
+
+
+def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -> None:
+    """Noise-free success on reporting seeds, before training and of the best checkpoint after; it chooses nothing."""
+    from reinflow.evaluate import write_eval_info
+    from reinflow_so101.policy_card import TASK_GROUP
+
+    if config.report_episodes == 0 or run.stop_requested or (when == "before" and run.iteration > 0):
+        return
+    if when == "after":
+        run.load_best()
+    result = play(run.policy, config, config.report_seed, config.report_episodes)
+    write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(TASK_GROUP))
+    run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
+
+
+def play(policy: FlowPolicy, config: TrainingConfig, first_seed: int, episodes: int) -> EvalResult:
+    """Noise-free episodes on ``episodes`` seeds, by the policy object that acts in rollouts."""
+    from reinflow.evaluate import evaluate_seeds
+    from reinflow.rollout import noise_free_actor
+    from so101_sim.vector.make import make_vector_env
+
+    act = noise_free_actor(policy, config.chain(), first_seed)
+    make_env = partial(make_vector_env, config.env(), autoreset=False)
+    return evaluate_seeds(act, make_env, first_seed, episodes, config.num_parallel_envs)
+
+
+# --- Opening a run ----------------------------------------------------------------------------------------------------
+
+
+def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
+    """A new run in its own directory, or with ``config.resume`` the saved one; and its settings as they came out."""
+    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    if config.resume:
+        run_dir = Path(config.output_dir)
+        check_resumed(config, saved_config(run_dir))
+    else:
+        run_dir = run_directory(config.output_dir, f"outputs/train/{stamp}_{config.preset}")
+        if config.auto_scale:
+            from reinflow_so101.auto_scale import auto_scale
+
+            config, changes = auto_scale(config)
+            print(changes)
+    config, run = make_run(config, run_dir)
+    return config, run.resume() if config.resume else run.start(training_seeds(config))
+
+
+def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run]:
+    """Policy, learner and environments of ``config``, not started yet; and its settings as they came out."""
+    import torch
+
+    from reinflow.learner import PPOLearner
+    from reinflow.run import Run
+    from reinflow_so101.command_line import pick_device
+    from reinflow_so101.doctor_rules import RULES
+    from reinflow_so101.policy_card import policy_card
+    from so101_sim.vector.make import make_vector_env
+
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = pick_device(config.device)
+    policy = make_policy(config, device)
+    config = replace(config, **policy.settled())
+    learner = PPOLearner(policy, config.chain(), config.learner(), config.seed)
+    env = make_vector_env(
+        config.env(), config.num_parallel_envs, "subproc" if config.use_subproc_env else "auto", viewer=config.render
+    )
+    cores = min(env.num_envs, os.cpu_count() or 1)
+    print(f"policy on {device}, {torch.get_num_threads()} torch threads; {env.num_envs} environments on {cores} cores")
+    run = Run(
+        run_dir, policy, env, learner, config.run(), config_to_json(config),
+        rules=RULES, policy_card=policy_card(config.env()),
+        resume_command=f"python train_reinflow.py --resume --output-dir {run_dir}",
+    )  # fmt: skip
+    return config, run
+
+
+def make_policy(config: TrainingConfig, device: str = "cpu") -> FlowPolicy:
+    """The policy that ``config`` trains; raises ConfigError if it does not fit."""
+    from reinflow_so101.policies import build_policy
+
+    return build_policy(config.policy(), config.env(), config.decisions_per_iteration, device)
+
+
+def training_seeds(config: TrainingConfig) -> list[int]:
+    """First seed of every environment, all below the tuning seeds; later episodes go on from its generator."""
+    import numpy as np
+
+    return np.random.default_rng(config.seed).choice(config.eval_seed, config.num_parallel_envs, replace=False).tolist()
+
+
+def saved_config(run_dir: Path) -> TrainingConfig:
+    """The settings that a run was started with, ready to resume it."""
+    saved = json.loads((run_dir / "config.json").read_text()) | {"resume": True, "output_dir": str(run_dir)}
+    return config_from_json(saved, TrainingConfig)
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str]) -> TrainingConfig:
     """Flags over the chosen preset, or over the saved config.json with --resume."""
-    default = starting_point(argv, PRESETS)
-    return tyro.cli(TrainingConfig, args=list(argv), default=default, description=__doc__)
+    return parse_flags(argv, starting_point(argv, PRESETS), __doc__, None)[0]
 
 
 def main() -> None:
-    """Console entry point."""
+    """train_reinflow.py, reinflow-train."""
     run_command("train_reinflow", lambda: train(parse_args(sys.argv[1:])))
+
+
+def memory_main() -> None:
+    """reinflow-memory: every flag of a training, and what it needs of memory."""
+    from reinflow_so101.memory_planner.plan import command
+
+    run_command("reinflow-memory", lambda: command(sys.argv[1:], PRESETS))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # what SceneRenderer takes, for contexts that a benchmark makes itself
 
 if TYPE_CHECKING:
+    from reinflow.run import Run
     from train_reinflow import TrainingConfig
-    from training_run import TrainingRun
 
 Row = dict[str, Any]
 Times = dict[str, list[float]]  # seconds of every round, by variant
@@ -180,12 +180,12 @@ def print_bar(what: str, value: float, limit: float, at_least: bool = True) -> N
 # --- A training run without its files -------------------------------------------------------------------------------
 
 
-def open_run(config: TrainingConfig) -> TrainingRun:
-    """Policy, environments and learner of `config`, standing at the first observations: `run.rollout()` and
+def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
+    """Policy, environments and learner of `config`, standing at the first observations: `train_reinflow.rollout` and
     `run.learner.update(buffer)` then do what a training does. Close `run.env` afterwards."""
-    from reinflow.rollout import Cursor
-    from training_run import TrainingRun, training_seeds
+    from reinflow.rollout import EncodedObservation
+    from train_reinflow import make_run, training_seeds
 
-    run = TrainingRun(config, Path("unused"))  # nothing is written unless the run is asked to save
-    run.cursor = Cursor.at(run.policy, run.env.reset(training_seeds(config)))
-    return run
+    config, run = make_run(config, Path("unused"))  # nothing is written unless the run is started or asked to save
+    run.current = EncodedObservation.of(run.policy, run.env.reset(training_seeds(config)))
+    return config, run

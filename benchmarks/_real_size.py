@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from memory_trace import published_smolvla
-from smolvla_tiny import VLM_FOLDER, export_policy, identity_stats, quiet
+from reinflow_so101.skeletons import published_smolvla
+from reinflow_so101.stages.build_smolvla import VLM_FOLDER, export_policy, identity_stats, quiet
 from so101_mujoco_utils import CAMERA_NAMES
+from so101_sim.config import EnvConfig
 from train_reinflow import TrainingConfig
 
 
@@ -19,7 +19,8 @@ def write_real_smolvla(directory: Path, cameras: tuple[str, ...] = CAMERA_NAMES)
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     folder = (directory / VLM_FOLDER).resolve()
-    smolvla = published_smolvla(replace(TrainingConfig(), cameras=cameras), folder)
+    chunk = TrainingConfig.chunk_size
+    smolvla = published_smolvla(EnvConfig(cameras=cameras), chunk, chunk, folder)
     torch.manual_seed(0)
     with quiet():
         policy = SmolVLAPolicy(smolvla)

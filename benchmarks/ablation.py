@@ -116,7 +116,7 @@ def starting_policy(lever: str, out: Path) -> str:
     policy = out / f"start_{chunk}"
     if not (policy / "sft.json").exists():
         log = out / f"{policy.name}.log"
-        run_script("flow_mlp_sft.py", log, "--output-dir", str(policy), "--chunk-size", chunk, "--eval-episodes", "0")
+        run_script("sft_flow_mlp.py", log, "--output-dir", str(policy), "--chunk-size", chunk, "--eval-episodes", "0")
     return str(policy)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from _common import ROOT, Row, interleaved, make_parser, median, print_bar, report, timed
 
-from reinflow.tracking import METRICS_FILE, read_metrics
+from reinflow.metrics import METRICS_FILE, read_metrics
 from train_reinflow import PRESETS
 
 TRAIN = [sys.executable, str(ROOT / "train_reinflow.py")]

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reinflow import ppo
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain, transition
-from so101_vector_env import make_vector_env
-from train_reinflow import PRESETS
-from training_run import build_policy, env_config
+from so101_sim.vector.make import make_vector_env
+from train_reinflow import PRESETS, make_policy
 
 CASES = [  # executed actions, sigma, lr
     (5, 0.1, 1e-5), (10, 0.1, 1e-5), (25, 0.1, 1e-5), (50, 0.1, 1e-5),
@@ -37,7 +36,7 @@ def one_step_kl(n: int, sigma: float, lr: float, seed: int, context) -> float:
     config = dataclasses.replace(
         PRESETS["tiny"], n_action_steps=n, chunks_per_episode=150 // n, sigma_min=sigma, sigma_max=sigma
     )
-    policy, spec = build_policy(config, "cpu"), ChainSpec(1, "chunk")
+    policy, spec = make_policy(config, "cpu"), ChainSpec(1, "chunk")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(context["features"]), n, policy.padded_action_dim, generator=generator)
     sample = sample_chain(policy, context, spec, noise, generator)
@@ -63,8 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = PRESETS["tiny"]
-    policy = build_policy(config, "cpu")
-    with make_vector_env(env_config(config), 8 if args.quick else 64) as env:
+    policy = make_policy(config, "cpu")
+    with make_vector_env(config.env(), 8 if args.quick else 64) as env:
         context = policy.encode(policy.preprocess(env.reset(range(env.num_envs))))
     rows = []
     for n, sigma, lr in CASES[:2] if args.quick else CASES:

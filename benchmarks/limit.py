@@ -25,12 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reinflow import ppo
 from reinflow.flow import chain_log_prob
-from reinflow.learner import LearnerSettings, PPOLearner
+from reinflow.learner import PPOLearner
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutBuffer
 from reinflow_smolvla import ReinFlowSmolVLA
-from train_reinflow import PRESETS, TrainingConfig
-from training_run import build_policy, chain_spec, matching_fields
+from train_reinflow import PRESETS, TrainingConfig, make_policy, rollout
 
 
 @contextmanager
@@ -80,7 +79,7 @@ def ideal_flops(config: TrainingConfig, policy: FlowPolicy, buffer: RolloutBuffe
     context = {name: tensor.flatten(0, 1)[:rows] for name, tensor in buffer.context.items()}
     chain = buffer.chain.flatten(0, 1)[:rows]
     # Which loss follows the log-prob or the value makes no difference to the products.
-    score = count_flops(lambda: chain_log_prob(policy, context, chain, chain_spec(config)).log_prob.sum().backward())
+    score = count_flops(lambda: chain_log_prob(policy, context, chain, config.chain()).log_prob.sum().backward())
     value = count_flops(lambda: policy.value(context).sum().backward())
     per_decision = (config.num_ppo_epochs * score + config.num_critic_epochs * value) / rows
     return per_decision * buffer.num_decisions
@@ -91,10 +90,10 @@ class Update:
 
     def __init__(self, config: TrainingConfig, buffer: RolloutBuffer) -> None:
         self.seed, self.buffer = config.seed, buffer
-        self.policy = build_policy(config, "cpu")
+        self.policy = make_policy(config, "cpu")
         self.needed = ideal_flops(config, self.policy, buffer)  # before K-FAC hooks its own products into the layers
-        settings = LearnerSettings(**matching_fields(config, LearnerSettings))
-        self.learner = PPOLearner(self.policy, chain_spec(config), settings, config.seed)
+        settings = config.learner()
+        self.learner = PPOLearner(self.policy, config.chain(), settings, config.seed)
         self._start = {name: tensor.clone() for name, tensor in self.policy.trainable_state().items()}
         self.done = count_flops(self.run)
 
@@ -114,8 +113,8 @@ def measure_updates(config: TrainingConfig, peak: float, repeats: int) -> list[R
     Args:
         peak: FLOP/s of a large product at the threads that the update uses.
     """
-    run = open_run(config)
-    buffer = run.rollout()
+    config, run = open_run(config)
+    buffer = rollout(run, config)
     run.env.close()
     c, batch = config, config.minibatch_size
     adam = dataclasses.replace(
@@ -153,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config, num_parallel_envs=2, episodes_per_iteration=2, minibatch_size=6, gradient_accumulation_steps=1,
             num_critic_epochs=2,
         )  # fmt: skip
-    vlm_with_expert = cast(ReinFlowSmolVLA, build_policy(config, "cpu")).vla.model.vlm_with_expert
+    vlm_with_expert = cast(ReinFlowSmolVLA, make_policy(config, "cpu")).vla.model.vlm_with_expert
     width = vlm_with_expert.expert_hidden_size
     rows_of_chunks, threads = config.minibatch_size * config.n_action_steps, sorted({1, os.cpu_count() or 1})
     peaks = measure_peak(size, rows_of_chunks, width, threads, args.repeats)

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from _common import Row, make_parser, open_run, report
 
-from reinflow.rollout import Cursor
+import train_reinflow
+from reinflow.rollout import EncodedObservation
 from reinflow_smolvla import ReinFlowSmolVLA
-from reinflow_vla import OBS_IMAGES_PREFIX
+from reinflow_vla.base import OBS_IMAGES_PREFIX
 from so101_mujoco_utils import CAMERA_NAMES
-from train_reinflow import PRESETS, TrainingConfig
-from training_run import TrainingRun, training_seeds
+from train_reinflow import PRESETS, TrainingConfig, evaluate, rollout, training_seeds, update
 
 MINIBATCHES = (8, 32, 96, 192)
 DECISIONS = 192
@@ -79,14 +79,14 @@ def small(num_envs: int, minibatch: int, chunks: int = 3, steps: int = 50, **ove
 def buffer_row(cameras: int, num_envs: int) -> Row:
     """Bytes per decision of every tensor in the rollout buffer."""
     config = small(num_envs, num_envs, cameras=CAMERA_NAMES)
-    run = open_run(config)
+    config, run = open_run(config)
     try:
         vla_config = cast(ReinFlowSmolVLA, run.policy).vla.config
         image = next(iter(vla_config.image_features.values()))
         others = {k: v for k, v in vla_config.input_features.items() if not k.startswith(OBS_IMAGES_PREFIX)}
         vla_config.input_features = {OBS_IMAGES_PREFIX + name: image for name in CAMERA_NAMES[:cameras]} | others
-        run.cursor = Cursor.at(run.policy, run.env.reset(training_seeds(config)))
-        buffer = run.rollout()
+        run.current = EncodedObservation.of(run.policy, run.env.reset(training_seeds(config)))
+        buffer = rollout(run, config)
     finally:
         run.env.close()
     tensors = {f"context {name}": tensor for name, tensor in buffer.context.items()}
@@ -103,8 +103,8 @@ def update_row(minibatch: int, num_envs: int) -> Row:
     """Resident memory around one update, in this process."""
     config = small(num_envs, minibatch)
     torch.set_num_threads(config.num_threads)
-    run = open_run(config)
-    buffer = run.rollout()
+    config, run = open_run(config)
+    buffer = rollout(run, config)
     run.env.close()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
@@ -130,11 +130,12 @@ def update_row_in_child(minibatch: int) -> Row:
 def memory_by_iteration(config: TrainingConfig) -> list[tuple[float, float]]:
     """MB resident, and in use on the heap, after every iteration of the loop of train_reinflow.train."""
     samples = []
-    with TrainingRun.open(config) as run:
+    config, run = train_reinflow.open_run(config)
+    with run:
         for iteration in run.iterations():
-            run.update(run.rollout())
-            if run.due(config.eval_interval, iteration):
-                run.evaluate()
+            update(run, config, rollout(run, config))
+            if config.eval_interval and iteration % config.eval_interval == 0:
+                evaluate(run, config)
             run.log()
             run.save_if_due()
             samples.append((status_mb("VmRSS"), heap_mb()))

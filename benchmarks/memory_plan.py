@@ -23,13 +23,15 @@ import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 
-from memory_trace import PassBytes, published_smolvla, trace_passes
 from reinflow.flow import chain_log_prob, sample_chain
-from reinflow.learner import LearnerSettings, make_policy_optimizer
-from reinflow_memory import CPU_FRAGMENTATION
-from reinflow_vla import ReinFlowVLA
-from train_reinflow import PRESETS, TrainingConfig
-from training_run import blank_observation, build_policy, chain_spec, env_config, matching_fields
+from reinflow.learner import make_policy_optimizer
+from reinflow_so101.memory_planner.plan import CPU_FRAGMENTATION
+from reinflow_so101.memory_planner.trace import PassBytes, trace_passes
+from reinflow_so101.policies import vla_settings
+from reinflow_so101.skeletons import published_smolvla
+from reinflow_vla.base import ReinFlowVLA
+from so101_sim.vector.base import blank_observation
+from train_reinflow import PRESETS, TrainingConfig, make_policy
 
 MIB = 2**20
 
@@ -81,8 +83,8 @@ def _allocations(events: Any) -> Iterator[tuple[int, int]]:
 
 def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows: int) -> list[Comparison]:
     """Weights, one decision's share of the buffer, the peak of encoding and that of a second backward pass."""
-    observation, spec = blank_observation(env_config(config)), chain_spec(config)
-    optimizer = make_policy_optimizer(policy, LearnerSettings(**matching_fields(config, LearnerSettings)))
+    observation, spec = blank_observation(config.env()), config.chain()
+    optimizer = make_policy_optimizer(policy, config.learner())
     one = policy.preprocess(observation | {"task": [config.instruction]})
     batch = {k: v.expand(rows, *v.shape[1:]).contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
     context = policy.to_buffer(policy.encode(batch))
@@ -121,16 +123,15 @@ def real_smolvla(config: TrainingConfig, folder: Path) -> ReinFlowVLA:
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-    from policy_directory import quiet
     from reinflow_smolvla import ReinFlowSmolVLA
-    from smolvla_tiny import identity_stats
-    from training_run import vla_settings
+    from reinflow_so101.stages.build_smolvla import identity_stats
+    from reinflow_vla.directory import quiet
 
-    settings = published_smolvla(config, folder)
+    settings = published_smolvla(config.env(), config.chunk_size, config.n_action_steps, folder)
     with quiet():
         policy = SmolVLAPolicy(settings)
     processors = make_pre_post_processors(settings, dataset_stats=identity_stats())
-    return ReinFlowSmolVLA(policy, *processors, **vla_settings(config))
+    return ReinFlowSmolVLA(policy, *processors, **vla_settings(config.policy()))
 
 
 def main() -> None:
@@ -146,7 +147,7 @@ def main() -> None:
         if options.policy == "smolvla":
             policy: Any = real_smolvla(config, Path(folder))
         else:
-            policy = build_policy(config, "cpu")
+            policy = make_policy(config, "cpu")
         rows = compare(config, policy, passes, options.rows)
     gradients, peaks = sum(p.nbytes for p in policy.policy_parameters()), [row.planned for row in rows[2:]]
     if options.policy == "smolvla":  # of a tiny policy the program's own noise is larger

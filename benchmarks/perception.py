@@ -19,10 +19,9 @@ import torch
 from _common import Row, make_parser, report
 from torch import Tensor
 
-from so101_scene import PickScene
-from so101_vector_env import make_vector_env
-from train_reinflow import PRESETS, TrainingConfig
-from training_run import build_policy, env_config
+from so101_sim.scene import PickScene
+from so101_sim.vector.make import make_vector_env
+from train_reinflow import PRESETS, TrainingConfig, make_policy
 
 BATCH, BINS = 64, 6
 RIDGES = (3.0, 30.0, 300.0, 3000.0)
@@ -30,9 +29,9 @@ RIDGES = (3.0, 30.0, 300.0, 3000.0)
 
 def scenes(config: TrainingConfig, count: int) -> tuple[Tensor, Tensor]:
     """Prefix features (M, F) and block positions (M, 2) in metres of `count` starts, seeds 0, 1, ..."""
-    policy = build_policy(config, "cpu")
-    features, places, layout = [], [], PickScene(env_config(config)).layout
-    with make_vector_env(env_config(config), BATCH, autoreset=False) as env, torch.no_grad():
+    policy = make_policy(config, "cpu")
+    features, places, layout = [], [], PickScene(config.env()).layout
+    with make_vector_env(config.env(), BATCH, autoreset=False) as env, torch.no_grad():
         for first in range(0, count, BATCH):
             observation = env.reset(range(first, first + BATCH))
             features.append(policy.encode(policy.preprocess(observation))["features"])

@@ -27,13 +27,14 @@ import numpy as np
 from _common import Row, interleaved, make_parser, median, print_bar, report, speed_ratio
 from mujoco.batch import Batch
 
-from so101_demos import block_yaw
-from so101_expert import ScriptedExpert
+from reinflow_so101.stages.demonstrations import block_yaw
 from so101_mujoco_utils import Array
-from so101_scene import INTEGRATION_STATE, EnvConfig, PickScene
-from so101_vector_env import BatchedVectorEnv, make_vector_env
+from so101_sim.config import EnvConfig
+from so101_sim.expert import ScriptedExpert
+from so101_sim.scene import INTEGRATION_STATE, PickScene
+from so101_sim.vector.batched import BatchedVectorEnv
+from so101_sim.vector.make import make_vector_env
 from train_reinflow import PRESETS
-from training_run import env_config
 
 CHUNK, CHUNKS = 50, 3
 BAR_ENVS, BAR = 32, 0.9
@@ -52,7 +53,7 @@ class Work:
 
 def tiny_env(**overrides: Any) -> EnvConfig:
     """The tiny preset's task without images; no lift ends an episode."""
-    return dataclasses.replace(env_config(PRESETS["tiny"]), render_images=False, lift_threshold=10.0, **overrides)
+    return dataclasses.replace(PRESETS["tiny"].env(), render_images=False, lift_threshold=10.0, **overrides)
 
 
 def expert_work(config: EnvConfig, num_envs: int, chunks: int) -> Work:

@@ -27,8 +27,8 @@ from _common import Row, interleaved, make_parser, median, report, speed_ratio, 
 from physics import expert_work, tiny_env
 
 from so101_mujoco_utils import CAMERA_NAMES, Array
-from so101_renderer import ParallelRenderer, SceneRenderer
-from so101_scene import PickScene
+from so101_sim.renderer import ParallelRenderer, SceneRenderer
+from so101_sim.scene import PickScene
 
 MSAA_SAMPLES, SHADOW_SIZE = 4, 2048
 

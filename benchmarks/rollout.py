@@ -22,7 +22,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,13 @@ from _common import Row, make_parser, print_bar, report, timed
 from mujoco.batch import Batch
 from physics import Work, batch_alone
 
+from reinflow.env import ChunkResult, ChunkVectorEnv, Observation
 from reinflow.policy import FlowPolicy
 from reinflow.ppo import ReturnNormalizer
-from reinflow.rollout import Cursor, RolloutSettings, collect_rollout
-from so101_scene import PickScene
-from so101_vector_env import ChunkResult, ChunkVectorEnv, Observation, make_vector_env
-from train_reinflow import PRESETS, TrainingConfig
-from training_run import build_policy, chain_spec, env_config, matching_fields, training_seeds
+from reinflow.rollout import EncodedObservation, collect_rollout
+from so101_sim.scene import PickScene
+from so101_sim.vector.make import make_vector_env
+from train_reinflow import PRESETS, TrainingConfig, make_policy, training_seeds
 
 FORMS = ("sequential", "subproc", "batched")
 PARTS = ("physics", "rendering", "policy", "Python")
@@ -45,7 +45,7 @@ VERBS = ("preprocess", "encode", "velocity", "noise_std", "value", "postprocess"
 BAR, BAR_ENVS, FEWER_ENVS = 20.0, 64, 16
 
 
-class Recorder:
+class Recorder(ChunkVectorEnv):
     """Passes chunks on to a vector environment and keeps what was done."""
 
     def __init__(self, env: ChunkVectorEnv) -> None:
@@ -62,6 +62,14 @@ class Recorder:
         self.actions.append(actions)
         self.results.append(self.env.step_chunk(actions))
         return self.results[-1]
+
+    def get_state(self) -> dict[str, Any]:
+        """Of the environment."""
+        return self.env.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> Observation:
+        """Of the environment."""
+        return self.env.set_state(state)
 
 
 class Stopwatch:
@@ -88,13 +96,13 @@ class Bench:
     def __init__(self, config: TrainingConfig, form: str, policy: FlowPolicy, watch: Stopwatch, device: str) -> None:
         self.config, self.policy, self.watch = config, policy, watch
         self.row: Row = {"form": form, "envs": config.num_parallel_envs}
-        visual, self.num_envs = env_config(config), config.num_parallel_envs
+        visual, self.num_envs = config.env(), config.num_parallel_envs
         self.blind = dataclasses.replace(visual, render_images=False)
         self.env = make_vector_env(visual, self.num_envs, form)
         self.replay = make_vector_env(self.blind, self.num_envs, form)
         self.threads = 1 if form == "sequential" else min(self.num_envs, os.cpu_count() or 1)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.cursor = Cursor.at(policy, self.env.reset(training_seeds(config)))
+        self.current = EncodedObservation.of(policy, self.env.reset(training_seeds(config)))
         self.replay.reset(training_seeds(config))
         self.rounds: list[Row] = []
 
@@ -102,9 +110,9 @@ class Bench:
         """One round: milliseconds per episode of every part."""
         recorder = Recorder(self.env)
         before = dict(self.watch.seconds)
-        _, info, self.cursor = collect_rollout(
-            self.policy, recorder, self.cursor, self.config.chunks_per_episode, chain_spec(self.config),
-            RolloutSettings(**matching_fields(self.config, RolloutSettings)), ReturnNormalizer(), self.generator,
+        _, info, self.current = collect_rollout(
+            self.policy, recorder, self.current, self.config.chunks_per_episode, self.config.chain(),
+            self.config.rollout(), ReturnNormalizer(), self.generator,
         )  # fmt: skip
         blind, work = self._play_again(recorder)
         scene = PickScene(self.blind)
@@ -160,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = dataclasses.replace(PRESETS["tiny"], pretrained_path=args.pretrained_path)
     if args.device == "cpu":
         torch.set_num_threads(config.num_threads)
-    policy = build_policy(config, args.device)
+    policy = make_policy(config, args.device)
     watch = Stopwatch(policy, VERBS, args.device)
     benches = []
     for num_envs in args.envs:

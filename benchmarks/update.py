@@ -28,11 +28,12 @@ import torch
 from _common import Row, interleaved, make_parser, median, print_bar, report, speed_ratio, timed
 from torch import Tensor
 
-from prefix_cache import GIB, Keep, PrefixCache
+from reinflow.env import Observation
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
 from reinflow.policy import Context
 from reinflow_smolvla import ReinFlowSmolVLA
-from reinflow_vla import TrainableGroups
+from reinflow_vla.base import TrainableGroups
+from reinflow_vla.prefix_cache import GIB, Keep, PrefixCache
 from so101_mujoco_utils import model_dir
 
 CHUNK = 50
@@ -77,7 +78,7 @@ def build(size: str, device: str, directory: Path, vlm_dtype: str) -> ReinFlowSm
     return policy
 
 
-def observe(policy: ReinFlowSmolVLA, decisions: int, image_size: int) -> dict[str, Any]:
+def observe(policy: ReinFlowSmolVLA, decisions: int, image_size: int) -> Observation:
     """Random images and joints: their content does not change the cost."""
     rng, shape = np.random.default_rng(0), (decisions, image_size, image_size, 3)
     return {

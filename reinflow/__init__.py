@@ -1,7 +1,7 @@
-"""ReinFlow's rooms: flow-matching policies, PPO over their denoising chain, checkpoints, tracking and evaluation.
+"""ReinFlow's rooms: flow-matching policies, PPO over their denoising chain, runs, checkpoints, tracking and evaluation.
 
 Nothing in this package knows a robot, a simulator or a vision-language model: it imports neither mujoco nor
-lerobot. Someone with another robot takes it whole and writes one environment and one policy file.
+lerobot. Someone with another robot takes it whole and writes one environment and one policy file (examples/).
 """
 
 import gc
@@ -18,6 +18,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 class UserError(Exception):
     """Something the user can mend; the message names it and the remedy. Front doors print it without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot work; the message names the field and the remedy."""
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:

@@ -21,8 +21,8 @@ from reinflow.ppo import ReturnNormalizer
 from reinflow.rollout import RolloutBuffer
 
 
-class Credit(NamedTuple):
-    """Advantages, and what the critic is to learn, in return units until the learner normalises the values."""
+class Advantages(NamedTuple):
+    """Advantages for the policy, and what the critic is to learn: in return units until the learner normalises it."""
 
     advantage: Tensor  # (T, N) of decisions, or (T, N, n) of actions, 0 where none was executed
     context: Context  # R rows for the critic
@@ -30,17 +30,17 @@ class Credit(NamedTuple):
     target: Tensor  # (R,) advantage + value
 
 
-def decision_credit(buffer: RolloutBuffer, gae_lambda: float) -> Credit:
+def advantages_by_decision(buffer: RolloutBuffer, gae_lambda: float) -> Advantages:
     """GAE over decisions: R = T * N."""
     advantages, returns = ppo.compute_gae(
         buffer.reward, buffer.value, buffer.next_value, buffer.terminated, buffer.truncated, buffer.discount, gae_lambda
     )
     context = {name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()}
-    return Credit(advantages, context, buffer.value.flatten(), returns.flatten())
+    return Advantages(advantages, context, buffer.value.flatten(), returns.flatten())
 
 
 @torch.no_grad()
-def control_step_credit(
+def advantages_by_control_step(
     buffer: RolloutBuffer,
     policy: FlowPolicy,
     normalizer: ReturnNormalizer,
@@ -48,7 +48,7 @@ def control_step_credit(
     gamma: float,
     gae_lambda: float,
     time_limit_is_terminal: bool,
-) -> Credit:
+) -> Advantages:
     """GAE over control steps: R executed steps.
 
     Args:
@@ -78,7 +78,7 @@ def control_step_credit(
         _by_time(timed_out | ~active), torch.full_like(_by_time(before), gamma), gae_lambda,
     )  # fmt: skip
     rows = _by_time(active)
-    return Credit(
+    return Advantages(
         advantages.unflatten(0, (active.shape[0], active.shape[2])).transpose(1, 2),
         policy.state_context(states[:, :, :-1].transpose(1, 2).flatten(0, 1)[rows]),
         _by_time(before)[rows],

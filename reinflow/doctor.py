@@ -1,7 +1,7 @@
 """The doctor: reads a run's metrics and names what goes wrong, why, and which setting to change.
 
 RULES is ordered from cause to consequence: the first finding is the one to act on. Every rule joins a check of
-reinflow/symptoms.py to its words; notes/doctor.md is generated from them.
+reinflow/symptoms.py to its words. A task adds rules of its own, or words the remedy of one of these its own way.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reinflow import symptoms
+from reinflow.metrics import METRICS_FILE, finite_or_none, read_metrics, truncate_metrics
 from reinflow.symptoms import (
     BOUND_MARGIN,
     CAMPING_ITERATIONS,
     CAMPING_SIGMAS,
     CLIP_FRACTION,
-    CLIPPED_PER_STEP,
     CRITIC_MIN,
     CRITIC_SWING,
     CRITIC_WINDOW,
@@ -41,11 +41,11 @@ from reinflow.symptoms import (
     WEAK_EPISODES,
     WEAK_START,
     History,
+    MissingSetting,
     Rows,
     Severity,
     Symptom,
 )
-from reinflow.tracking import METRICS_FILE, finite_or_none, read_metrics, truncate_metrics
 
 FINDINGS_FILE = "doctor.jsonl"
 REPEAT_AFTER = 20  # iterations after which a finding that persists is shown again
@@ -79,14 +79,21 @@ class Rule:
         return self.check.__name__
 
     def can_judge(self, history: History) -> bool:
-        """Whether the run has enough iterations, and all metrics, for a verdict."""
+        """Whether the run has enough iterations, and all metrics and settings, for a verdict."""
         history.starved = False
-        self.check(history)
+        self._symptom(history)
         return not history.starved
+
+    def _symptom(self, history: History) -> Symptom | None:
+        try:
+            return self.check(history)
+        except MissingSetting:
+            history.starved = True
+            return None
 
     def examine(self, history: History) -> Finding | None:
         """The finding, or None."""
-        symptom = self.check(history)
+        symptom = self._symptom(history)
         if symptom is None:
             return None
         return Finding(
@@ -128,8 +135,7 @@ RULES: tuple[Rule, ...] = (
         f"fewer than {WEAK_START:.0%} of the first episodes ({WEAK_EPISODES} or more, 3 iterations) succeeded, "
         "and as few in the last",
         "the supervised policy hardly ever reaches a reward that tells good from bad",
-        "train the start of pretrained_path longer (reinflow-sft) or start from easier episodes, e.g. "
-        "randomize_block=False",
+        "train the supervised stage longer, or start from easier episodes",
     ),
     Rule(
         symptoms.noise_at_bound,
@@ -194,14 +200,7 @@ RULES: tuple[Rule, ...] = (
         f"the return rose by {CAMPING_SIGMAS:.0f} standard errors over {CAMPING_ITERATIONS} iterations or more, "
         f"success by less than {FLAT_SUCCESS:.0%}",
         "the policy collects shaping instead of doing the task (hovering, camping in contact)",
-        "lower the reward term that rose (reward/{term}; contact_bonus and height_alignment_bonus are fields), or use "
-        "reward_mode=staged, which pays for progress once",
-    ),
-    Rule(
-        symptoms.joint_limits,
-        f"more than {CLIPPED_PER_STEP} clipped joint targets per control step ({RECENT} iterations)",
-        "actions beyond the joint limits all do the same: they carry no gradient, and the policy drifts there",
-        "lower sigma_max ({sigma:.3f}), check that the policy's units are the environment's, lower policy_lr",
+        "lower the reward term that rose (reward/{term}), or pay for progress once instead of at every step",
     ),
     Rule(
         symptoms.sampling_far_from_noise_free,
@@ -213,21 +212,27 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def diagnose(rows: Rows, config: Mapping[str, Any]) -> list[Finding]:
+def with_remedies(rules: Sequence[Rule], remedies: Mapping[str, str]) -> tuple[Rule, ...]:
+    """``rules``, those that ``remedies`` names with these words instead of their own."""
+    return tuple(replace(rule, remedy=remedies.get(rule.name, rule.remedy)) for rule in rules)
+
+
+def diagnose(rows: Rows, config: Mapping[str, Any], rules: Sequence[Rule] = RULES) -> list[Finding]:
     """What is wrong at the end of ``rows``, the most fundamental cause first; empty for a healthy run.
 
     Args:
         rows: lines of metrics.jsonl.
-        config: the run's config.json.
+        config: the run's config.json; a rule that reads a setting which is not there stays silent.
+        rules: in the order of their findings.
     """
     history = History(rows, config)
-    return [finding for rule in RULES if (finding := rule.examine(history))]
+    return [finding for rule in rules if (finding := rule.examine(history))]
 
 
-def doctor_markdown() -> str:
-    """RULES as a markdown table."""
+def doctor_markdown(rules: Sequence[Rule]) -> str:
+    """``rules`` as a markdown table."""
     lines = ["| rule | fires when | likely cause | try |", "|---|---|---|---|"]
-    for rule in RULES:
+    for rule in rules:
         remedy = re.sub(r" \([^()]*\{[^()]*\)", "", rule.remedy)
         lines.append(f"| `{rule.name}` | {rule.fires_when} | {rule.cause} | {remedy} |")
     return "\n".join(lines) + "\n"
@@ -239,9 +244,11 @@ class Doctor:
     What was shown is in doctor.jsonl, from which a resumed run goes on.
     """
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any], resumed: int | None):
+    def __init__(
+        self, run_dir: Path, config: Mapping[str, Any], resumed: int | None, rules: Sequence[Rule] = RULES
+    ) -> None:
         """``resumed``: iterations completed at the checkpoint that the run goes on from; None for a new run."""
-        self.path, self.config = run_dir / FINDINGS_FILE, config
+        self.path, self.config, self.rules = run_dir / FINDINGS_FILE, config, rules
         self.rows: list[Mapping[str, float | None]] = []
         self.shown_at: dict[str, float] = {}
         if resumed is not None:
@@ -260,7 +267,7 @@ class Doctor:
         self.rows.append(finite_or_none(metrics) | {"progress/iteration": float(iteration)})
         due = [
             finding
-            for finding in diagnose(self.rows, self.config)
+            for finding in diagnose(self.rows, self.config, self.rules)
             if iteration - self.shown_at.get(finding.rule, -math.inf) >= REPEAT_AFTER
         ]
         with self.path.open("a", encoding="utf-8") as file:

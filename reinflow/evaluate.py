@@ -1,6 +1,6 @@
 """Noise-free evaluation on fixed seeds: success rate with a confidence interval, a row per episode.
 
-Knows neither policy nor simulator: ``act`` turns observations into action chunks, ``EvalEnv`` executes them.
+Knows neither policy nor simulator: ``act`` turns observations into action chunks, a ChunkVectorEnv executes them.
 """
 
 from __future__ import annotations
@@ -12,48 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from reinflow import UserError
+from reinflow.env import ChunkVectorEnv, EpisodeStats, Extra, Observation
 
-Observation = dict[str, Any]
 Act = Callable[[Observation], np.ndarray]
 FrameHook = Callable[[Sequence[int], Observation], None]
 CONFIDENCE = 0.95
-
-
-class EpisodeStats(Protocol):
-    """What an environment reports about an episode that ended."""
-
-    env: int
-    seed: int
-    return_: float
-    length: int
-    success: bool
-    max_height_m: float
-
-
-class ChunkResult(Protocol):
-    """The part of a chunk's result that evaluation reads."""
-
-    observation: Observation
-    rewards: np.ndarray  # (N, n)
-    active: np.ndarray  # (N, n) bool, False after an episode's end
-    episodes: Sequence[Any]  # EpisodeStats of the episodes that ended in this chunk
-
-
-class EvalEnv(Protocol):
-    """N environments made with autoreset=False: an ended episode stays ended until the next reset."""
-
-    num_envs: int
-
-    def reset(self, seeds: Sequence[int]) -> Observation: ...
-
-    def step_chunk(self, actions: np.ndarray) -> Any: ...  # ChunkResult
 
 
 class EvaluationError(UserError, RuntimeError):
@@ -84,8 +55,8 @@ class EpisodeRow:
     success: bool
     return_: float  # undiscounted
     length: int  # control steps
-    max_height_m: float
     max_reward: float  # of one control step
+    extras: Mapping[str, float] = field(default_factory=dict)  # what the environment reports besides
 
 
 @dataclass(frozen=True)
@@ -94,6 +65,7 @@ class EvalResult:
 
     episodes: tuple[EpisodeRow, ...]
     elapsed_s: float
+    extras: Mapping[str, Extra] = field(default_factory=dict)  # of the environment
     video_paths: list[str] = field(default_factory=list)
 
     @property
@@ -123,12 +95,12 @@ class EvalResult:
     def length_mean(self) -> float:
         return fmean(row.length for row in self.episodes)
 
-    @property
-    def max_height_mean(self) -> float:
-        return fmean(row.max_height_m for row in self.episodes)
+    def extra_mean(self, name: str) -> float:
+        """Mean of one of the environment's extras."""
+        return fmean(row.extras[name] for row in self.episodes)
 
     def metrics(self) -> dict[str, float]:
-        """By the names of reinflow.tracking.METRICS."""
+        """By the names of reinflow.metrics."""
         low, high = self.interval
         return {
             "eval/success_rate": self.success_rate,
@@ -136,26 +108,26 @@ class EvalResult:
             "eval/ci_high": high,
             "eval/return_mean": self.return_mean,
             "eval/episode_length": self.length_mean,
-            "eval/max_height": self.max_height_mean,
             "eval/episodes": float(len(self.episodes)),
             "time/eval": self.elapsed_s,
-        }
+        } | {f"eval/{name}": self.extra_mean(name) for name in self.extras}
 
     def summary(self) -> str:
         """One line: ``success 43.5 % (87/200), 95 % interval 36.8-50.4 %, ...``."""
         low, high = self.interval
+        extras = "".join(f"{extra.template.format(self.extra_mean(name))}, " for name, extra in self.extras.items())
         return (
             f"success {100 * self.success_rate:.1f} % ({self.num_successes}/{len(self.episodes)}), 95 % interval "
             f"{100 * low:.1f}-{100 * high:.1f} %, return {self.return_mean:.2f}, "
-            f"length {self.length_mean:.0f}, max height {100 * self.max_height_mean:.1f} cm, {self.elapsed_s:.0f} s"
+            f"length {self.length_mean:.0f}, {extras}{self.elapsed_s:.0f} s"
         )
 
     def to_lerobot_info(self, task_group: str, task_id: int = 0) -> dict[str, Any]:
         """eval_info.json as lerobot-eval 0.6 writes it (per_task, per_group, overall), with more beside.
 
         ``task_group`` and ``task_id`` name the task as LeRobot's benchmarks do; we have one. Added to its keys:
-        ``per_episode`` rows (those of its ``eval_policy``, plus length and height) and, in ``overall``, the interval
-        of ``pc_success`` and the means of length and height. All percentages are 0-100.
+        ``per_episode`` rows (those of its ``eval_policy``, plus length and extras) and, in ``overall``, the interval of
+        ``pc_success`` and the means of length and extras. All percentages are 0-100.
         """
         n = len(self.episodes)
         returns = [row.return_ for row in self.episodes]
@@ -178,8 +150,7 @@ class EvalResult:
         extra = {
             "pc_success_ci95": [100 * end for end in self.interval],
             "avg_episode_length": self.length_mean,
-            "avg_max_height_m": self.max_height_mean,
-        }
+        } | {f"avg_{name}": self.extra_mean(name) for name in self.extras}
         timing = {"eval_s": self.elapsed_s, "eval_ep_s": self.elapsed_s / n}
         return {
             "per_task": [{"task_group": task_group, "task_id": task_id, "metrics": task_metrics}],
@@ -190,12 +161,12 @@ class EvalResult:
 
     def table(self) -> Table:
         """A rich table with a row per episode."""
-        table = Table("seed", "success", "return", "length", "max height (cm)", title="episodes")
+        names = [name.replace("_", " ") for name in self.extras]
+        table = Table("seed", "success", "return", "length", *names, title="episodes")
         for row in self.episodes:
             mark = "[green]yes[/]" if row.success else "no"
-            table.add_row(
-                str(row.seed), mark, f"{row.return_:.2f}", str(row.length), f"{100 * row.max_height_m:.1f}"
-            )  # fmt: skip
+            extras = (f"{row.extras[name]:.3g}" for name in self.extras)
+            table.add_row(str(row.seed), mark, f"{row.return_:.2f}", str(row.length), *extras)
         return table
 
     def print(self, console: Console) -> None:
@@ -206,7 +177,7 @@ class EvalResult:
 
 def _lerobot_row(index: int, row: EpisodeRow) -> dict[str, Any]:
     values = asdict(row)
-    return {"episode_ix": index, "sum_reward": values.pop("return_"), **values}
+    return {"episode_ix": index, "sum_reward": values.pop("return_"), **values.pop("extras"), **values}
 
 
 def write_eval_info(path: Path | str, info: Mapping[str, Any]) -> Path:
@@ -227,7 +198,7 @@ def even_batch(num_episodes: int, num_envs: int) -> int:
 
 def evaluate(
     act: Act,
-    vector_env: EvalEnv,
+    vector_env: ChunkVectorEnv,
     seeds: Sequence[int],
     frame_hook: FrameHook | None = None,
     frame_interval: int = 0,
@@ -255,11 +226,11 @@ def evaluate(
     for first in range(0, len(seeds), vector_env.num_envs):
         batch = list(seeds[first : first + vector_env.num_envs])
         rows += _play_batch(act, vector_env, batch, frame_hook, frame_interval)
-    return EvalResult(tuple(rows), time.perf_counter() - start)
+    return EvalResult(tuple(rows), time.perf_counter() - start, extras=vector_env.extras)
 
 
 def _play_batch(
-    act: Act, vector_env: EvalEnv, seeds: list[int], frame_hook: FrameHook | None, frame_interval: int
+    act: Act, vector_env: ChunkVectorEnv, seeds: list[int], frame_hook: FrameHook | None, frame_interval: int
 ) -> list[EpisodeRow]:
     """One episode in each of the first len(seeds) environments."""
     padded = seeds + [seeds[0]] * (vector_env.num_envs - len(seeds))
@@ -271,7 +242,7 @@ def _play_batch(
         frame_hook(seeds, observation)
     while pending:
         for piece in _pieces(act(observation), frame_interval):
-            result: ChunkResult = vector_env.step_chunk(piece)
+            result = vector_env.step_chunk(piece)
             if not result.active[sorted(pending)].any():
                 raise EvaluationError(f"environments {sorted(pending)} neither run nor report the end of an episode")
             if rows and result.active[sorted(rows)].any():
@@ -304,6 +275,22 @@ def _row(stats: EpisodeStats, max_reward: float) -> EpisodeRow:
         success=bool(stats.success),
         return_=float(stats.return_),
         length=int(stats.length),
-        max_height_m=float(stats.max_height_m),
         max_reward=float(max_reward),
+        extras=stats.extras,
     )
+
+
+def evaluate_seeds(
+    act: Act, make_env: Callable[[int], ChunkVectorEnv], first_seed: int, episodes: int, num_envs: int
+) -> EvalResult:
+    """Evaluate on the ``episodes`` seeds from ``first_seed`` on, with at most ``num_envs`` environments at once.
+
+    Args:
+        act: observation -> actions (N, n, A), deterministic.
+        make_env: so many environments that do not restart by themselves; they are closed again.
+        first_seed: episode i plays first_seed + i.
+        episodes: at least 1.
+        num_envs: at least 1.
+    """
+    with make_env(even_batch(episodes, num_envs)) as env, torch.no_grad():
+        return evaluate(act, env, range(first_seed, first_seed + episodes))

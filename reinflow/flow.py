@@ -60,6 +60,10 @@ class ChainSpec:
         """M for a chunk of n executed actions."""
         return n if self.noise_basis == "white" else min(self.num_noise_coefficients, n)
 
+    def noised_dimensions(self, n: int, action_dim: int) -> int:
+        """Scalars of one decision that get exploration noise and are scored: K' * M * A."""
+        return len(self.noisy_steps()) * self.num_coordinates(n) * action_dim
+
     def noisy_steps(self) -> range:
         """Indices k of the denoising steps that draw noise."""
         first = self.num_denoising_steps - 1 if self.noise_last_step_only else 0

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from reinflow import UserError, ppo
-from reinflow.credit import Credit, control_step_credit, decision_credit
+from reinflow import ConfigError, UserError, ppo
+from reinflow.credit import Advantages, advantages_by_control_step, advantages_by_decision
 from reinflow.flow import ChainSpec, chain_log_prob, group_advantage, group_mask
 from reinflow.natural import NaturalGradient
 from reinflow.policy import Context, FlowPolicy
 from reinflow.rollout import CreditPer, RolloutBuffer
+from reinflow.training_state import load_optimizer
 
 RATIO_TOLERANCE = 1e-4
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
 KL_SAMPLE = 128  # decisions on which the KL is measured after every optimiser step
-KL_TRIALS, KL_TRIAL_TOLERANCE = 12, 0.2  # of a natural step, to find the length that has the wanted KL
 
 
 class RatioGuardError(UserError, RuntimeError):
@@ -59,7 +59,7 @@ class LearnerSettings:
 
 
 @dataclass
-class Decisions:
+class RolloutBatch:
     """A flattened rollout, B = T * N decisions."""
 
     context: Context
@@ -72,10 +72,10 @@ class Decisions:
     def __len__(self) -> int:
         return len(self.advantage)
 
-    def __getitem__(self, rows: Tensor) -> Decisions:
+    def __getitem__(self, rows: Tensor) -> RolloutBatch:
         context = {name: tensor[rows] for name, tensor in self.context.items()}
         rest = (self.chain, self.log_prob, self.mask, self.advantage, self.anchor)
-        return Decisions(context, *(tensor[rows] for tensor in rest))
+        return RolloutBatch(context, *(tensor[rows] for tensor in rest))
 
 
 def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -93,8 +93,7 @@ def make_policy_optimizer(policy: FlowPolicy, settings: LearnerSettings) -> torc
     """Adam, or K-FAC over the policy's linear layers."""
     parameters = policy.policy_parameters()
     if settings.policy_optimizer == "natural":
-        module = cast(torch.nn.Module, policy)
-        return NaturalGradient(module, parameters, settings.natural_damping, settings.natural_momentum)
+        return NaturalGradient(policy, parameters, settings.natural_damping, settings.natural_momentum)
     return torch.optim.Adam(parameters, lr=settings.policy_lr, eps=1e-5, fused=True)
 
 
@@ -121,52 +120,80 @@ class PPOLearner:
             critic_only: leave the policy as it is (critic warm-up, on the same targets).
 
         Returns:
-            Metrics by the names of reinflow.tracking.METRICS.
+            Metrics by the names of reinflow.metrics.METRICS.
 
         Raises:
             RatioGuardError: the weights do not reproduce the rollout's log-probs.
+            ConfigError: one optimiser step asks for more decisions than the rollout has.
         """
+        start = time.perf_counter()
+        if self.settings.batch_size > buffer.num_decisions:
+            raise ConfigError(
+                f"minibatch_size={self.settings.minibatch_size} x gradient_accumulation_steps="
+                f"{self.settings.gradient_accumulation_steps} exceeds the {buffer.num_decisions} decisions of a "
+                "rollout, so that no step would be made: lower one of them, or collect more"
+            )
         lr = 0.0 if critic_only else self.settings.policy_lr * lr_factor * self.lr_scale
         for group in self.policy_optimizer.param_groups:
             group["lr"] = lr
-        credit = self._credit(buffer)
-        metrics = _credit_metrics(buffer, credit)
-        normalized = self._normalize(credit)
+        advantages = self._advantages(buffer)
+        metrics = _advantage_metrics(buffer, advantages)
+        normalized = self._normalize(advantages)
         metrics["critic/target_shift"] = (normalized.target - normalized.value).mean().item()
-        data = self._decisions(buffer, credit)
+        data = self._flatten(buffer, advantages)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
             if self.starting_policy is not None:
                 data.anchor = self._anchor(data, self.starting_policy)
-            natural = isinstance(self.policy_optimizer, NaturalGradient)
-            metrics |= self._natural_step(data, lr_factor) if natural else self._update_policy(data)
+            if isinstance(self.policy_optimizer, NaturalGradient):
+                metrics |= self._natural_step(self.policy_optimizer, data, lr_factor)
+            else:
+                metrics |= self._update_policy(data)
         metrics |= self._update_critic(normalized)
         for optimizer in (self.policy_optimizer, self.critic_optimizer):
             optimizer.zero_grad(set_to_none=True)  # memory that the next rollout can use
-        return metrics
+        return metrics | {"time/update": time.perf_counter() - start}
 
-    def _credit(self, buffer: RolloutBuffer) -> Credit:
+    def state_dict(self) -> dict[str, Any]:
+        """What an update goes on from, besides the policy's weights; for ``pack_tree``."""
+        return {
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "return_normalizer": self.normalizer.state_dict(),
+            "lr_scale": self.lr_scale,
+            "shuffle_rng": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``. Raises CheckpointError for the optimisers of another policy."""
+        load_optimizer(self.policy_optimizer, state["policy_optimizer"], "policy optimizer")
+        load_optimizer(self.critic_optimizer, state["critic_optimizer"], "critic optimizer")
+        self.normalizer.load_state_dict(state["return_normalizer"])
+        self.lr_scale = state["lr_scale"]
+        self.generator.set_state(state["shuffle_rng"])
+
+    def _advantages(self, buffer: RolloutBuffer) -> Advantages:
         s = self.settings
         if s.credit == "decision":
-            return decision_credit(buffer, s.gae_lambda)
-        return control_step_credit(
+            return advantages_by_decision(buffer, s.gae_lambda)
+        return advantages_by_control_step(
             buffer, self.policy, self.normalizer,
             gamma=s.gamma, gae_lambda=s.gae_lambda, time_limit_is_terminal=s.time_limit_is_terminal,
         )  # fmt: skip
 
-    def _normalize(self, credit: Credit) -> Credit:
+    def _normalize(self, advantages: Advantages) -> Advantages:
         """Values and targets by statistics that include this rollout's returns."""
         # What the network itself put out: the clip range around it must not move with the statistics.
-        old_outputs = self.normalizer.normalize(credit.value)
-        self.normalizer.update(credit.target)
-        return credit._replace(value=old_outputs, target=self.normalizer.normalize(credit.target))
+        old_outputs = self.normalizer.normalize(advantages.value)
+        self.normalizer.update(advantages.target)
+        return advantages._replace(value=old_outputs, target=self.normalizer.normalize(advantages.target))
 
-    def _decisions(self, buffer: RolloutBuffer, credit: Credit) -> Decisions:
+    def _flatten(self, buffer: RolloutBuffer, advantages: Advantages) -> RolloutBatch:
         """Flatten the rollout."""
         active = buffer.active.flatten(0, 1)
         mask = group_mask(active, self.policy.action_dim, self.spec)
-        advantage = group_advantage(credit.advantage.flatten(0, 1), self.policy.action_dim, self.spec)
-        return Decisions(
+        advantage = group_advantage(advantages.advantage.flatten(0, 1), self.policy.action_dim, self.spec)
+        return RolloutBatch(
             context={name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()},
             chain=buffer.chain.flatten(0, 1),
             log_prob=buffer.log_prob.flatten(0, 1),
@@ -175,7 +202,7 @@ class PPOLearner:
             anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
         )
 
-    def _guard_ratio(self, data: Decisions) -> dict[str, float]:
+    def _guard_ratio(self, data: RolloutBatch) -> dict[str, float]:
         """Before the first optimiser step the ratio must be 1: the same kernel, weights and cached prefix.
 
         With gradients, though none is taken: so it goes the way of the updates, through a compiled expert too.
@@ -186,11 +213,7 @@ class PPOLearner:
         if not error <= RATIO_TOLERANCE:
             raise RatioGuardError(self._name_the_cause(error, new_log_prob, part.log_prob))
         dims = part.log_prob.shape[1]
-        coordinates = (
-            len(self.spec.noisy_steps())
-            * self.policy.action_dim
-            * self.spec.num_coordinates(self.policy.n_action_steps)
-        )
+        coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
         total = part.log_prob.sum(1).mean().item()
         if self.spec.reduction == "mean":
             total *= (self.spec.num_denoising_steps + 1) * coordinates / len(self.spec.noisy_steps())
@@ -206,7 +229,7 @@ class PPOLearner:
             cause = "a log-prob is not finite: the weights or observations hold NaN or infinity"
         elif (new.dtype, old.dtype) != (torch.float32, torch.float32):
             cause = f"log-probs are {old.dtype} when acting and {new.dtype} when updating; both must be float32"
-        elif getattr(self.policy, "training", False):
+        elif self.policy.training:
             cause = "the policy is in training mode (dropout?); it must be in eval mode for acting and updating"
         else:
             cause = (
@@ -215,7 +238,7 @@ class PPOLearner:
             )
         return f"ratio is off 1 by {error:.2e} (allowed {RATIO_TOLERANCE:.0e}) before the first optimiser step: {cause}"
 
-    def _update_policy(self, data: Decisions) -> dict[str, float]:
+    def _update_policy(self, data: RolloutBatch) -> dict[str, float]:
         """PPO epochs until done or until a step's KL exceeds ``target_kl``."""
         s, log = self.settings, _MeanLog()
         kl_rows = torch.randperm(len(data), generator=self.generator)[:KL_SAMPLE]
@@ -247,11 +270,11 @@ class PPOLearner:
             "ppo/steps_undone": float(undone),
         }
 
-    def _natural_step(self, data: Decisions, kl_factor: float) -> dict[str, float]:
+    def _natural_step(self, optimizer: NaturalGradient, data: RolloutBatch, kl_factor: float) -> dict[str, float]:
         """One step along the natural gradient of the whole rollout, as far as ``target_kl`` (x warm-up) allows."""
-        optimizer, target = cast(NaturalGradient, self.policy_optimizer), self.settings.target_kl * kl_factor
         info = self._policy_gradient(data, torch.arange(len(data)))
-        kl = self._move_by_kl(optimizer, target, data)
+        kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
+        kl = optimizer.step_to_kl(self.settings.target_kl * kl_factor, lambda: self._measure_kl(kl_data))
         return info | {
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": 1.0,
@@ -260,32 +283,7 @@ class PPOLearner:
             "ppo/steps_undone": 0.0,
         }
 
-    def _move_by_kl(self, optimizer: NaturalGradient, target: float, data: Decisions) -> float:
-        """Go along the natural gradient until the KL is about ``target``, never beyond; returns the KL reached."""
-        directions, snapshot = optimizer.directions(), self._snapshot()
-        kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
-        length = float(torch.stack([d.norm() for d in directions]).norm())
-        if length == 0.0:
-            return 0.0
-        scale, too_short, too_long, kl, kept = 1e-3 / length, 0.0, math.inf, 0.0, 0.0
-        for _ in range(KL_TRIALS):
-            self._restore(snapshot)
-            optimizer.move(directions, scale)
-            kl = self._measure_kl(kl_data)
-            if abs(kl / target - 1) < KL_TRIAL_TOLERANCE:
-                return kl
-            if kl < target:
-                too_short, kept = scale, kl
-            else:
-                too_long = scale
-            scale *= min(max((target / max(kl, 1e-12)) ** 0.5, 0.1), 30.0)  # KL grows with the square of the step,
-            if not too_short < scale < too_long:  # unless ratios explode
-                scale = (too_short * too_long) ** 0.5
-        self._restore(snapshot)
-        optimizer.move(directions, too_short)
-        return kept
-
-    def _policy_step(self, data: Decisions, rows: Tensor) -> dict[str, float]:
+    def _policy_step(self, data: RolloutBatch, rows: Tensor) -> dict[str, float]:
         """One optimiser step on the whole batch ``rows``."""
         info = self._policy_gradient(data, rows)
         parameters, limit = self.policy.policy_parameters(), self.settings.grad_clip_norm
@@ -293,7 +291,7 @@ class PPOLearner:
         self.policy_optimizer.step()
         return info | {"gradients/policy_norm": norm, "gradients/policy_clipped": float(norm > limit)}
 
-    def _policy_gradient(self, data: Decisions, rows: Tensor) -> dict[str, float]:
+    def _policy_gradient(self, data: RolloutBatch, rows: Tensor) -> dict[str, float]:
         """Gradient of the batch ``rows``, accumulated over minibatches."""
         s, log = self.settings, _MeanLog()
         self.policy_optimizer.zero_grad(set_to_none=True)
@@ -321,7 +319,7 @@ class PPOLearner:
         return log.means()
 
     @torch.no_grad()
-    def _anchor(self, data: Decisions, weights: list[Tensor]) -> Tensor:
+    def _anchor(self, data: RolloutBatch, weights: list[Tensor]) -> Tensor:
         """Where the policy with ``weights`` would have gone from every stored denoising state."""
         now = self._snapshot()
         self._restore(weights)
@@ -331,7 +329,7 @@ class PPOLearner:
         return torch.cat(means)
 
     @torch.no_grad()
-    def _measure_kl(self, data: Decisions) -> float:
+    def _measure_kl(self, data: RolloutBatch) -> float:
         """approx_kl of the current weights against the acting ones."""
         parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
         scores = [chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob for part in parts]
@@ -347,17 +345,18 @@ class PPOLearner:
         for parameter, saved in zip(self.policy.policy_parameters(), snapshot, strict=True):
             parameter.copy_(saved)
 
-    def _update_critic(self, credit: Credit) -> dict[str, float]:
+    def _update_critic(self, advantages: Advantages) -> dict[str, float]:
         """Regression of normalised values; it shares no parameter with the policy and needs no KL stop."""
         s, log = self.settings, _MeanLog()
         parameters = self.policy.critic_parameters()
         if not parameters:
             return {}
-        context = {name: credit.context[name] for name in self._critic_inputs(credit.context)}
-        self.policy.observe(context)
-        for rows in full_batches(len(credit.target), s.batch_size, s.num_critic_epochs, self.generator):
-            values = self.policy.value({name: tensor[rows] for name, tensor in context.items()})
-            loss, _ = ppo.value_loss(values, credit.value[rows], credit.target[rows], s.value_clip_epsilon)
+        name = self.policy.critic_input
+        rows_of = advantages.context[name]
+        self.policy.observe({name: rows_of})
+        for rows in full_batches(len(advantages.target), s.batch_size, s.num_critic_epochs, self.generator):
+            values = self.policy.value({name: rows_of[rows]})
+            loss, _ = ppo.value_loss(values, advantages.value[rows], advantages.target[rows], s.value_clip_epsilon)
             self.critic_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip_norm).item()
@@ -369,19 +368,15 @@ class PPOLearner:
             })  # fmt: skip
         return log.means()
 
-    def _critic_inputs(self, context: Context) -> Sequence[str]:
-        """Names of the context tensors that ``value`` reads; all of them unless the policy says which."""
-        return getattr(self.policy, "critic_inputs", tuple(context))
 
-
-def _credit_metrics(buffer: RolloutBuffer, credit: Credit) -> dict[str, float]:
+def _advantage_metrics(buffer: RolloutBuffer, advantages: Advantages) -> dict[str, float]:
     """How well the critic foresaw the returns, and how large these are."""
     metrics = {
-        "ppo/explained_variance": float(ppo.explained_variance(credit.value, credit.target)),
-        "critic/return_mean": credit.target.mean().item(),
-        "critic/return_std": credit.target.std().item(),
+        "ppo/explained_variance": float(ppo.explained_variance(advantages.value, advantages.target)),
+        "critic/return_mean": advantages.target.mean().item(),
+        "critic/return_std": advantages.target.std().item(),
         "critic/reward_to_go_mean": _reward_to_go(buffer).mean().item(),
-        "critic/advantage_std": (credit.target - credit.value).std().item(),
+        "critic/advantage_std": (advantages.target - advantages.value).std().item(),
     }
     if bool(buffer.truncated.any()):
         metrics["critic/bootstrap_mean"] = buffer.next_value[buffer.truncated].mean().item()

@@ -4,16 +4,19 @@
 A policy step is limited by its KL, so the direction that counts is the one that gains most per KL. Adam's is not: it
 moves every weight by about the same amount, the noisy ones too. K-FAC divides by the Fisher matrix, approximated for a
 linear layer with inputs ``a`` and output gradients ``g`` by ``E[g g^T] x E[a a^T]``. How far to go along the direction
-is measured, not tuned: the learner scales the step until its KL is ``target_kl``.
+is measured, not tuned: ``step_to_kl`` scales the step until it has the wanted KL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+KL_TRIALS, KL_TRIAL_TOLERANCE = 12, 0.2  # to find the length of a step that has the wanted KL
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -104,3 +107,41 @@ class NaturalGradient(torch.optim.Optimizer):
             layer.weight.sub_(scale * direction[:, : layer.in_features])
             if layer.bias is not None:
                 layer.bias.sub_(scale * direction[:, -1])
+
+    @torch.no_grad()
+    def step_to_kl(self, target: float, measure: Callable[[], float]) -> float:
+        """Go along the natural gradient until the KL is about ``target``, never beyond.
+
+        Args:
+            target: the KL that the step should have, within a fifth.
+            measure: KL of the weights as they are against those before the step.
+
+        Returns:
+            The KL reached.
+        """
+        directions = self.directions()
+        snapshot = [p.detach().clone() for p in self._parameters]
+        length = float(torch.stack([d.norm() for d in directions]).norm())
+        if length == 0.0:
+            return 0.0
+        scale, too_short, too_long, kl, kept = 1e-3 / length, 0.0, math.inf, 0.0, 0.0
+        for _ in range(KL_TRIALS):
+            self._restore(snapshot)
+            self.move(directions, scale)
+            kl = measure()
+            if abs(kl / target - 1) < KL_TRIAL_TOLERANCE:
+                return kl
+            if kl < target:
+                too_short, kept = scale, kl
+            else:
+                too_long = scale
+            scale *= min(max((target / max(kl, 1e-12)) ** 0.5, 0.1), 30.0)  # KL grows with the square of the step,
+            if not too_short < scale < too_long:  # unless ratios explode
+                scale = (too_short * too_long) ** 0.5
+        self._restore(snapshot)
+        self.move(directions, too_short)
+        return kept
+
+    def _restore(self, snapshot: list[Tensor]) -> None:
+        for parameter, saved in zip(self._parameters, snapshot, strict=True):
+            parameter.copy_(saved)

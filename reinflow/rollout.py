@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reinflow.flow import ChainSpec, sample_chain
-from reinflow.policy import Context, FlowPolicy, Observation
+from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
+from reinflow.flow import ChainSample, ChainSpec, sample_chain
+from reinflow.policy import Context, FlowPolicy
 from reinflow.ppo import ReturnNormalizer
 
 DiscountPer = Literal["control_step", "chunk"]
 CreditPer = Literal["decision", "control_step"]
-
-
-class EpisodeStats(Protocol):
-    """What an environment reports about an episode that ended."""
-
-    seed: int
-    return_: float
-    length: int
-    success: bool
-    max_height_m: float
-    clipped_targets: int
-    reward_terms: dict[str, float]
-
-
-class ChunkResult(Protocol):
-    """What an environment answers to one chunk of actions; see ChunkVectorEnv."""
-
-    observation: Observation
-    rewards: np.ndarray  # (N, n)
-    active: np.ndarray  # (N, n) bool
-    terminated: np.ndarray  # (N,) bool
-    truncated: np.ndarray  # (N,) bool
-    final_indices: np.ndarray  # (M,)
-    final_observation: Observation | None
-    environment_states: np.ndarray | None  # (N, n, S) after each executed control step, if the environment has them
-    episodes: Sequence[Any]
-
-
-class ChunkVectorEnv(Protocol):
-    """N environments that execute whole action chunks. An ended episode restarts at once (autoreset)."""
-
-    num_envs: int
-
-    def reset(self, seeds: Sequence[int]) -> Observation: ...
-
-    def step_chunk(self, actions: np.ndarray) -> Any: ...  # ChunkResult
 
 
 @dataclass
@@ -83,21 +48,42 @@ class RolloutBuffer:
 class RolloutInfo:
     """What is worth logging about one rollout."""
 
-    episodes: list[Any]  # EpisodeStats of the episodes that ended
-    noise_std: float
+    episodes: list[EpisodeStats]  # that ended in it
     seconds_env: float
     seconds_policy: float
 
+    def metrics(self) -> dict[str, float]:
+        """Means over the episodes that ended, by the names of reinflow.metrics."""
+        metrics = {
+            "time/rollout": self.seconds_env + self.seconds_policy,
+            "time/rollout_env": self.seconds_env,
+            "time/rollout_policy": self.seconds_policy,
+        }
+        if not self.episodes:
+            return metrics
+        returns = [e.return_ for e in self.episodes]
+        metrics |= {
+            "rollout/success_rate": float(np.mean([e.success for e in self.episodes])),
+            "rollout/return_mean": float(np.mean(returns)),
+            "rollout/return_std": float(np.std(returns)),
+            "rollout/episode_length": float(np.mean([e.length for e in self.episodes])),
+        }
+        for name in self.episodes[0].extras:
+            metrics[f"rollout/{name}"] = float(np.mean([e.extras[name] for e in self.episodes]))
+        for term in self.episodes[0].reward_terms:
+            metrics[f"reward/{term}"] = float(np.mean([e.reward_terms[term] for e in self.episodes]))
+        return metrics
+
 
 @dataclass
-class Cursor:
-    """Where the environments stand: the current observation, already encoded, and the simulator's state if shown."""
+class EncodedObservation:
+    """Where the environments stand: the observation to decide on, encoded, and the simulator's state if shown."""
 
     context: Context
     state: np.ndarray | None = None  # (N, S)
 
     @classmethod
-    def at(cls, policy: FlowPolicy, observation: Observation) -> Cursor:
+    def of(cls, policy: FlowPolicy, observation: Observation) -> EncodedObservation:
         """Encode ``observation``."""
         with torch.no_grad():
             return cls(policy.encode(policy.preprocess(observation)), observation.get("environment_state"))
@@ -131,19 +117,19 @@ def chunk_return(rewards: np.ndarray, active: np.ndarray, settings: RolloutSetti
 def collect_rollout(
     policy: FlowPolicy,
     env: ChunkVectorEnv,
-    cursor: Cursor,
+    current: EncodedObservation,
     num_chunk_steps: int,
     spec: ChainSpec,
     settings: RolloutSettings,
     normalizer: ReturnNormalizer,
     generator: torch.Generator,
-) -> tuple[RolloutBuffer, RolloutInfo, Cursor]:
+) -> tuple[RolloutBuffer, RolloutInfo, EncodedObservation]:
     """Act for ``num_chunk_steps`` decisions per environment.
 
     Args:
         policy: acts with its exploration noise.
-        env: N environments standing at ``cursor``.
-        cursor: current observation; the returned one is where the next rollout starts.
+        env: N environments standing at ``current``.
+        current: where they stand; the returned one is where the next rollout starts.
         num_chunk_steps: T.
         spec: the denoising chain.
         settings: discounting.
@@ -152,22 +138,21 @@ def collect_rollout(
     """
     rows: list[dict[str, Tensor]] = []
     contexts: Context = {}
-    episodes: list[Any] = []
-    noise_stds, seconds_env, start = [], 0.0, time.perf_counter()
+    episodes: list[EpisodeStats] = []
+    seconds_env, start = 0.0, time.perf_counter()
     for step in range(num_chunk_steps):
-        sample, actions = act(policy, cursor.context, spec, generator)
+        sample, actions = act(policy, current.context, spec, generator)
         env_start = time.perf_counter()
         result = env.step_chunk(actions)
         seconds_env += time.perf_counter() - env_start
-        following = Cursor.at(policy, result.observation)
+        following = EncodedObservation.of(policy, result.observation)
         reward, discount = chunk_return(result.rewards, result.active, settings)
-        _store(contexts, step, num_chunk_steps, policy.to_buffer(cursor.context))
-        noise_stds.append(sample.noise_std.mean().item())
+        _store(contexts, step, num_chunk_steps, policy.to_buffer(current.context))
         rows.append({
             "chain": sample.chain,
             "log_prob": sample.log_prob,
             "active": torch.as_tensor(result.active),
-            "value": normalizer.denormalize(policy.value(cursor.context)),
+            "value": normalizer.denormalize(policy.value(current.context)),
             "next_value": _next_value(policy, following, result, normalizer, settings),
             "reward": torch.as_tensor(reward, dtype=torch.float32),
             "discount": torch.as_tensor(discount, dtype=torch.float32),
@@ -175,14 +160,13 @@ def collect_rollout(
             "truncated": torch.as_tensor(result.truncated),
         })  # fmt: skip
         if settings.credit == "control_step":
-            rows[-1] |= _control_steps(cursor, result)
+            rows[-1] |= _control_steps(current, result)
         episodes.extend(result.episodes)
-        cursor = following
+        current = following
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
-    info = RolloutInfo(episodes, float(np.mean(noise_stds)), seconds_env, seconds_policy)
-    return RolloutBuffer(context=contexts, **stacked), info, cursor
+    return RolloutBuffer(context=contexts, **stacked), RolloutInfo(episodes, seconds_env, seconds_policy), current
 
 
 def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context) -> None:
@@ -194,13 +178,13 @@ def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context)
         contexts[name][step].copy_(tensor)
 
 
-def _control_steps(cursor: Cursor, result: ChunkResult) -> dict[str, Tensor]:
+def _control_steps(current: EncodedObservation, result: ChunkResult) -> dict[str, Tensor]:
     """Inside one chunk step: states (N, n+1, S) and rewards (N, n)."""
-    if cursor.state is None or result.environment_states is None:
+    if current.state is None or result.environment_states is None:
         raise ValueError(
             "credit=control_step needs the simulator's state: build the environment with environment_state=True"
         )
-    states = np.concatenate([cursor.state[:, None], result.environment_states], axis=1)
+    states = np.concatenate([current.state[:, None], result.environment_states], axis=1)
     return {"states": torch.as_tensor(states), "step_reward": torch.as_tensor(result.rewards, dtype=torch.float32)}
 
 
@@ -210,7 +194,7 @@ def act(
     spec: ChainSpec,
     generator: torch.Generator,
     deterministic: bool = False,
-) -> tuple[Any, np.ndarray]:
+) -> tuple[ChainSample, np.ndarray]:
     """Sample a chain for every row and turn its end into environment actions (B, n, A)."""
     some = next(iter(context.values()))
     shape = (some.shape[0], policy.n_action_steps, policy.padded_action_dim)
@@ -219,11 +203,9 @@ def act(
     return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
 
 
-def noise_free_actor(
-    policy: FlowPolicy, spec: ChainSpec, seed: int, device: str
-) -> Callable[[Observation], np.ndarray]:
+def noise_free_actor(policy: FlowPolicy, spec: ChainSpec, seed: int) -> Callable[[Observation], np.ndarray]:
     """Observation -> actions by the chain with zero noise, which is LeRobot's own sampler."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(policy.device).manual_seed(seed)
 
     def act_noise_free(observation: Observation) -> np.ndarray:
         context = policy.encode(policy.preprocess(observation))
@@ -234,7 +216,7 @@ def noise_free_actor(
 
 def _next_value(
     policy: FlowPolicy,
-    following: Cursor,
+    following: EncodedObservation,
     result: ChunkResult,
     normalizer: ReturnNormalizer,
     settings: RolloutSettings,
@@ -245,7 +227,7 @@ def _next_value(
     if settings.time_limit_is_terminal:
         return values.masked_fill(torch.as_tensor(result.truncated, device=values.device), 0.0)
     if result.final_observation is not None:
-        final = Cursor.at(policy, result.final_observation)
+        final = EncodedObservation.of(policy, result.final_observation)
         rows = torch.as_tensor(result.final_indices, device=values.device)
         values = values.index_copy(0, rows, normalizer.denormalize(policy.value(final.context)))
     return values

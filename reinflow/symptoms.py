@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any, Literal
 
-from reinflow.tracking import REWARD_FAMILY
+from reinflow.metrics import REWARD_FAMILY
 
 # --- Thresholds: every figure that decides whether a rule fires -------------------------------------------------------
 
@@ -40,7 +40,6 @@ CAMPING_SIGMAS = 3.0  # standard errors that the return must have risen by
 CAMPING_RISE = 0.1  # of the spread of targets: significant is not yet relevant
 FLAT_SUCCESS = 0.03  # about the noise of 192 episodes
 SOLVED = 0.9  # above, a rising return is a faster success
-CLIPPED_PER_STEP = 0.5  # joint targets per control step: one joint leans on its limit half of the time
 SUCCESS_GAP = 0.3  # .2 is usual at the start of a healthy run, and shrinks
 GAP_EVALUATIONS = 2  # evaluations are few
 
@@ -60,11 +59,27 @@ class Symptom:
     severity: Severity = "warning"
 
 
+class MissingSetting(KeyError):
+    """A rule reads a setting that the run does not have: another algorithm, or another version of this one."""
+
+
+class Settings(dict[str, Any]):
+    """A run's config.json; remembers what rules asked for and it does not have."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.absent: set[str] = set()
+
+    def __missing__(self, name: str) -> Any:
+        self.absent.add(name)
+        raise MissingSetting(name)
+
+
 class History:
     """Rows and config, with the few questions that rules ask. A value that is null or absent is not there."""
 
     def __init__(self, rows: Rows, config: Mapping[str, Any]):
-        self.rows, self.config = list(rows), config
+        self.rows, self.config = list(rows), Settings(config)
         self.starved = False  # whether some rule asked for more iterations or metrics than there are
         self.updates = [row for row in self.rows if row.get("ppo/optimizer_steps") is not None]
 
@@ -326,16 +341,6 @@ def reward_without_success(h: History) -> Symptom | None:
         f"{span(end)}{grew}"
     )
     return Symptom(evidence, {"term": culprit.removeprefix(REWARD_FAMILY) or "unknown"})
-
-
-def joint_limits(h: History) -> Symptom | None:
-    rows = h.last(RECENT, RECENT, "rollout/clipped_targets", "rollout/episode_length")
-    rates = [r["rollout/clipped_targets"] / max(r["rollout/episode_length"], 1) for r in rows]
-    if not rows or fmean(rates) <= CLIPPED_PER_STEP:
-        return None
-    return Symptom(
-        f"{span(rows)}: {fmean(rates):.2f} joint targets clipped per control step", {"sigma": h.config["sigma_max"] / 2}
-    )
 
 
 def sampling_far_from_noise_free(h: History) -> Symptom | None:

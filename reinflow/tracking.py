@@ -1,14 +1,11 @@
 """Metrics to the console, to metrics.jsonl and to Weights & Biases; each can be off.
 
-Every sink has the methods of ``Sink``, which do nothing: what is off is a plain Sink, not an ``if``. METRICS is the
-one table of names: logging an unknown one is an error, so that every number has an explanation.
+Every sink has the methods of ``Sink``, which do nothing: what is off is a plain Sink, not an ``if``.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,89 +17,11 @@ from typing import Any, Literal, Self, SupportsFloat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from reinflow import UserError
+from reinflow.env import Extra
+from reinflow.metrics import METRICS_FILE, TrackingError, check_names, finite_or_none, known_metrics, truncate_metrics
 
 Metrics = Mapping[str, SupportsFloat]
 WandbMode = Literal["online", "offline", "off"]
-REWARD_FAMILY = "reward/"
-METRICS_FILE = "metrics.jsonl"
-
-METRICS: dict[str, str] = {
-    "progress/iteration": "Iterations completed; the x axis of every other metric.",
-    "progress/episodes": "Training episodes completed.",
-    "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
-    "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",
-    "rollout/return_std": "Standard deviation of the undiscounted returns of the iteration's episodes.",
-    "rollout/episode_length": "Mean control steps per episode.",
-    "rollout/max_height": "Mean over episodes of the block's greatest height, metres.",
-    "rollout/clipped_targets": "Joint targets per episode that lay beyond a joint limit and were clipped.",
-    "reward/<term>": "Mean over episodes of one reward term, summed over the episode; the terms add up to the return.",
-    "logprob/new_mean": "Mean log-prob of a ratio group under the weights being trained. Positive for small noise.",
-    "logprob/per_dimension": "Log-prob per noise coordinate; about -log(sigma) - 1.42 while the policy is unchanged.",
-    "logprob/groups": "Ratio groups per decision (G), set by the log-prob reduction.",
-    "logprob/coordinates": "Noise coordinates that one ratio group sums (D of a ratio).",
-    "training/clip_fraction": "Share of ratios outside 1 +- clip_epsilon. Healthy: 0.05 to 0.3.",
-    "ppo/ratio_min": "Smallest ratio of new to old probability seen in the iteration's updates.",
-    "ppo/ratio_max": "Largest such ratio.",
-    "ppo/ratio_mean": "Mean ratio; far from 1 means the old data no longer tells about the new policy.",
-    "ppo/approx_kl": "KL from the old to the new policy per ratio group after the last policy step (k3 estimator).",
-    "ppo/ratio_error_before_update": "Largest distance of a ratio from 1 before the first step; the guard allows 1e-4.",
-    "ppo/explained_variance": "1 - Var[return - value] / Var[return] before the update: 1 is a perfect critic.",
-    "ppo/epochs_done": "Passes over the rollout that the policy made before it stopped.",
-    "ppo/optimizer_steps": "Optimiser steps of the policy.",
-    "ppo/early_stopped": "1 if the KL limit ended the policy's updates early.",
-    "ppo/steps_undone": "Policy steps taken back because their KL overshot the limit.",
-    "loss/policy": "Clipped surrogate loss, mean over the iteration's updates.",
-    "loss/value": "Half mean squared error of the value in normalised returns.",
-    "loss/entropy": "Mean entropy of one noise coordinate.",
-    "gradients/policy_norm": "Policy gradient norm before clipping.",
-    "gradients/policy_norm_first": "The same at the iteration's first optimiser step.",
-    "gradients/policy_norm_last": "And at its last; growth means that later steps work against the first.",
-    "gradients/critic_norm": "Critic gradient norm before clipping.",
-    "gradients/policy_clipped": "Share of policy steps whose gradient was clipped.",
-    "gradients/critic_clipped": "Share of critic steps whose gradient was clipped.",
-    "critic/return_mean": "Mean GAE target, in reward units.",
-    "critic/return_std": "Standard deviation of the GAE targets, in reward units.",
-    "critic/reward_to_go_mean": "Mean discounted sum of rewards to the episode's end: what rewards alone explain.",
-    "critic/bootstrap_mean": "Mean V(final observation) that targets add where the time limit struck.",
-    "critic/target_shift": "Mean normalised target minus the critic's mean output at sampling.",
-    "critic/advantage_std": "Standard deviation of the advantages before normalisation, in reward units.",
-    "noise/std_mean": "Mean exploration std, in normalised action units.",
-    "noise/sigma_min": "Lower bound of the exploration std.",
-    "noise/sigma_max": "Upper bound of the exploration std, as scheduled.",
-    "lr/policy": "Learning rate of the policy; 0 during critic warm-up. Natural steps do not use it.",
-    "lr/critic": "Learning rate of the critic.",
-    "eval/success_rate": "Share of noise-free episodes on fixed seeds that succeeded: the result.",
-    "eval/ci_low": "Lower end of its 95 % Wilson interval.",
-    "eval/ci_high": "Upper end of its 95 % Wilson interval.",
-    "eval/return_mean": "Mean undiscounted return of the evaluation episodes.",
-    "eval/episode_length": "Mean control steps per evaluation episode.",
-    "eval/max_height": "Mean over evaluation episodes of the block's greatest height, metres.",
-    "eval/episodes": "Number of evaluation episodes.",
-    "time/rollout": "Seconds of the iteration's rollout.",
-    "time/rollout_env": "Seconds of it in the environments.",
-    "time/rollout_policy": "Seconds of it in the policy.",
-    "time/update": "Seconds of the iteration's update.",
-    "time/eval": "Seconds of the evaluation.",
-    "time/iteration": "Seconds of the whole iteration.",
-}
-
-
-class TrackingError(UserError, RuntimeError):
-    """A metric is unknown, or a tracker cannot be started; the message says what to do."""
-
-
-def metrics_markdown() -> str:
-    """METRICS as a markdown table."""
-    rows = [f"| `{name}` | {explanation} |" for name, explanation in METRICS.items()]
-    return "\n".join(["| metric | meaning |", "|---|---|", *rows]) + "\n"
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise a TrackingError that names every metric METRICS does not explain."""
-    unknown = [name for name in names if name not in METRICS and not name.startswith(REWARD_FAMILY)]
-    if unknown:
-        raise TrackingError(f"unknown metrics {unknown}: add them to reinflow.tracking.METRICS with an explanation")
 
 
 class Sink:
@@ -207,11 +126,6 @@ class LiveConsole(PlainConsole):
         self.bar.stop()
 
 
-def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """``metrics`` as metrics.jsonl holds them: None for what is not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
 class JsonlSink(Sink):
     """metrics.jsonl: one JSON object per log call, flushed at once. A value that is not finite becomes null."""
 
@@ -227,20 +141,6 @@ class JsonlSink(Sink):
 
     def close(self, failed: bool) -> None:
         self.file.close()
-
-
-def read_metrics(path: Path | str) -> list[dict[str, float | None]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def truncate_metrics(path: Path, iteration: int) -> None:
-    """Drop the lines after ``iteration``, which the resumed run will write again; atomically."""
-    kept = [line for line in read_metrics(path) if (line["progress/iteration"] or 0) <= iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class WandbSink(Sink):
@@ -289,21 +189,24 @@ class WandbSink(Sink):
 class Tracker:
     """Sends checked metrics to every sink. A context manager: leaving it closes the sinks."""
 
-    def __init__(self, sinks: Sequence[Sink], wandb_run_id: str | None = None) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], wandb_run_id: str | None = None, extras: Mapping[str, Extra] | None = None
+    ) -> None:
         self.sinks = list(sinks)
         self.wandb_run_id = wandb_run_id
+        self.known = known_metrics(extras or {})
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         """Log an iteration's metrics.
 
         Args:
             iteration: iterations completed; logged as ``progress/iteration``.
-            metrics: numbers or 0-dim tensors by the names of METRICS.
+            metrics: numbers or 0-dim tensors by the names of METRICS or of the environment's extras.
 
         Raises:
             TrackingError: a name has no explanation.
         """
-        check_names(list(metrics))
+        check_names(metrics, self.known)
         numbers = {name: float(value) for name, value in metrics.items()} | {"progress/iteration": float(iteration)}
         for sink in self.sinks:
             sink.log(numbers)
@@ -348,6 +251,7 @@ def open_tracker(
     wandb_project: str,
     wandb_run_id: str | None,
     resumed_iteration: int | None,
+    extras: Mapping[str, Extra] | None = None,
     console: Console | None = None,
 ) -> Tracker:
     """A tracker with console, metrics.jsonl and, unless ``wandb_mode`` is "off", Weights & Biases.
@@ -362,6 +266,7 @@ def open_tracker(
         wandb_run_id: run to go on with; None starts one. Save ``Tracker.wandb_run_id`` in checkpoints.
         resumed_iteration: iterations completed at the checkpoint that the run resumes from; later lines of
             metrics.jsonl are dropped, as the run will write them again. None for a new run.
+        extras: of the environment, whose metrics are logged too.
         console: where to print; stdout by default. A terminal gets a live bar, anything else plain lines.
 
     Raises:
@@ -376,4 +281,4 @@ def open_tracker(
     jsonl = JsonlSink(run_dir, resumed_iteration)
     # The live bar last: it must not be drawn when another sink fails to start.
     style = LiveConsole if console.is_terminal else PlainConsole
-    return Tracker([wandb_sink, jsonl, style(console, num_episodes, episodes_done)], wandb_run_id)
+    return Tracker([wandb_sink, jsonl, style(console, num_episodes, episodes_done)], wandb_run_id, extras)

@@ -1,34 +1,35 @@
-"""Rollouts as video: a grid of episodes (rows) by cameras (columns), as mp4 or gif."""
+"""Rollouts as video: a grid of episodes (rows) by views (columns), as mp4 or gif."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
 
+from reinflow.env import Observation
+
 
 def tile_frames(pixels: Mapping[str, np.ndarray], rows: Sequence[int]) -> np.ndarray:
-    """One picture of several episodes and cameras.
+    """One picture of several episodes and views.
 
     Args:
-        pixels: camera name -> (N, h, w, 3) uint8, one size for all cameras.
+        pixels: view -> (N, h, w, 3) uint8, one size for all.
         rows: episodes to show, from top to bottom.
 
     Returns:
-        (len(rows) * h, cameras * w, 3) uint8.
+        (len(rows) * h, views * w, 3) uint8.
 
     Raises:
-        ValueError: no camera, no row, or cameras of different sizes.
+        ValueError: no view, no row, or views of different sizes.
     """
     if not pixels or not rows:
-        raise ValueError("a video needs at least one camera and one episode")
+        raise ValueError("a video needs at least one view and one episode")
     shapes = {name: images.shape[1:] for name, images in pixels.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"cameras have different image sizes: {shapes}")
+        raise ValueError(f"views have different image sizes: {shapes}")
     return np.concatenate([np.concatenate([images[row] for images in pixels.values()], axis=1) for row in rows])
 
 
@@ -40,7 +41,7 @@ class EpisodeRecorder:
         self.frames: list[np.ndarray] = []
         self._seeds: tuple[int, ...] | None = None
 
-    def __call__(self, seeds: Sequence[int], observation: Mapping[str, Any]) -> None:
+    def __call__(self, seeds: Sequence[int], observation: Observation) -> None:
         """Take the observation of the batch of episodes with these seeds."""
         self._seeds = self._seeds or tuple(seeds)
         if tuple(seeds) == self._seeds:

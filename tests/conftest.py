@@ -16,7 +16,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SmolVLA with random weights, written once."""
-    from smolvla_tiny import TinyConfig, build_policy
+    from reinflow_so101.stages.build_smolvla import TinyConfig, build_policy
 
     directory = tmp_path_factory.mktemp("policy") / "tiny"
     build_policy(TinyConfig(output_dir=directory))
@@ -26,7 +26,7 @@ def tiny_policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def policy_dirs(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small policy of every family, by its name; those that are not embedded are built once."""
-    from pi0_tiny import TinyPi0Config, build_policy
+    from reinflow_so101.stages.build_pi0 import TinyPi0Config, build_policy
     from so101_mujoco_utils import model_dir
 
     pi05 = tmp_path_factory.mktemp("pi05") / "tiny"

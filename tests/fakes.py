@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinflow.policy import FlowMLP
+from reinflow.flow_mlp import FlowMLP
 
 STATE_DIM, ACTION_DIM, CHUNK = 3, 2, 4
 

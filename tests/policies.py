@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinflow.policy import FlowMLP
-from reinflow_vla import TrainableGroups
+from reinflow.flow_mlp import FlowMLP
+from reinflow_vla.base import TrainableGroups
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES
 
 ALL = TrainableGroups(True, True, True, True, True)

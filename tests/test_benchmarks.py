@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mujoco.batch import Batch
 
-from so101_scene import PickScene
+from so101_sim.scene import PickScene
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

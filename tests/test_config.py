@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from train_reinflow import PRESETS, TrainingConfig, parse_args
-from training_checks import ConfigError, check_resumed, config_from_json, config_to_json
+from reinflow import ConfigError
+from reinflow.settings import config_from_json, config_to_json
+from reinflow_so101.command_line import check_resumed
+from train_reinflow import PRESETS, TrainingConfig, parse_args, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,9 +112,11 @@ def test_flow_mlp_is_tiny_without_pixels():
 def test_unknown_preset_and_bad_flag_exit_with_the_name(capsys):
     with pytest.raises(ConfigError, match="preset=huge"):
         parse_args(["--preset", "huge"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match=r"sigma_min=0\.9 exceeds sigma_max=0\.5"):
         parse_args(["--sigma-min", "0.9"])
-    assert "sigma_min=0.9 exceeds sigma_max=0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["--sigma-mni", "0.9"])
+    assert "--sigma-min" in capsys.readouterr().err  # tyro's proposal
 
 
 def test_json_round_trip():
@@ -144,13 +148,20 @@ def test_resume_without_a_run_says_so(tmp_path):
 def test_existing_run_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="output_dir"):
-        replace(TrainingConfig(), output_dir=str(tmp_path))
+        train(replace(TrainingConfig(), output_dir=str(tmp_path)))
 
 
 def test_pickled_checkpoint_is_refused(tmp_path):
     (tmp_path / "reinflow_checkpoint.pt").write_bytes(b"")
     with pytest.raises(ConfigError, match="checkpoint_path"):
-        replace(TrainingConfig(), checkpoint_path=str(tmp_path / "reinflow_checkpoint.pt"))
+        parse_args(["--resume", "--checkpoint-path", str(tmp_path / "reinflow_checkpoint.pt")])
+
+
+def test_a_pickled_checkpoint_that_lies_about_stops_nobody(tmp_path, monkeypatch):
+    """The user's earlier system writes a file of the default name; it only matters with --resume."""
+    (tmp_path / TrainingConfig.checkpoint_path).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(["--preset", "tiny"]).preset == "tiny"
 
 
 def test_help_explains_every_field_quickly():

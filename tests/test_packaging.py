@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from reinflow.tracking import metrics_markdown
+from reinflow.metrics import metrics_markdown
+from so101_sim.episode import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,15 +35,15 @@ def run_there(installed: Path, code: str) -> str:
 
 def test_wheel_finds_scene_and_policy(installed):
     code = (
-        "import so101_mujoco_utils as u; u.load_model(None); d = u.model_dir(); print(d)\n"
-        "from smolvla_tiny import load_smolvla\n"
+        "import so101_mujoco_utils as u; d = u.model_dir(); print(d)\n"
+        "from reinflow_vla.smolvla_directory import load_smolvla\n"
         "p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)\n"
-        "from reinflow.policy import FlowMLP; FlowMLP.from_pretrained(d / 'flow_mlp')\n"
+        "from reinflow.flow_mlp import FlowMLP; FlowMLP.from_pretrained(d / 'flow_mlp')\n"
         "from train_reinflow import PRESETS\n"
-        "from training_run import env_config; print(env_config(PRESETS['tiny']).model_path)"
+        "u.load_model(PRESETS['tiny'].env().model_path); print(u.scene_path(PRESETS['tiny'].env().model_path))"
     )
     lines = run_there(installed, code).split()
-    assert lines[0] == str(installed / "so101_model") and lines[-2] == "50"
+    assert lines[0] == str(installed / "so101_sim/model") and lines[-2] == "50"
     assert lines[-1].startswith(str(installed))
 
 
@@ -55,10 +56,14 @@ def test_wheel_holds_every_command(installed):
     run_there(installed, checks)
 
 
-def test_wheel_leaves_nothing_out(installed):
-    shipped = {p.name for p in installed.glob("*.py")}
-    assert shipped == {p.name for p in ROOT.glob("*.py")}
+def test_wheel_holds_the_packages_and_the_five_files_and_nothing_else(installed):
+    packages = {"reinflow", "so101_sim", "reinflow_vla", "reinflow_so101"}
+    top = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
+    assert top == packages | {p.name for p in ROOT.glob("*.py")}
+    for package in packages:
+        modules = {p.relative_to(ROOT) for p in (ROOT / package).rglob("*.py")}
+        assert modules == {p.relative_to(installed) for p in (installed / package).rglob("*.py")}
 
 
 def test_metrics_page_is_the_table():
-    assert metrics_markdown() in (ROOT / "notes/metrics.md").read_text()
+    assert metrics_markdown(EXTRAS) in (ROOT / "notes/metrics.md").read_text()

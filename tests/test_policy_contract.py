@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from policy_directory import PolicyDirectoryError
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
-from reinflow_vla import TrainableGroups
+from reinflow_vla.base import TrainableGroups
+from reinflow_vla.directory import PolicyDirectoryError
 from tests.policies import FAMILIES, VLAS, load, noise_for, observe, only
 
 EXPERT_OF_PI0 = "vla.model.paligemma_with_expert.gemma_expert.model."

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
-from reinflow_vla import cache_from, pack_cache
+from reinflow_vla.base import cache_from, pack_cache
 from tests.policies import load, noise_for, observe
 
 
@@ -52,7 +52,7 @@ def test_cache_survives_a_second_backward(policy, context):
 
 
 def test_export_is_a_stock_policy_with_the_full_chunk(policy, context, tmp_path):
-    from smolvla_tiny import load_smolvla
+    from reinflow_vla.smolvla_directory import load_smolvla
 
     policy.save_pretrained(tmp_path / "export")
     stock, _, _ = load_smolvla(tmp_path / "export")

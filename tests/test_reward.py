@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from so101_expert import PHASE_STEPS, ScriptedExpert
-from so101_gym_env import EnvConfig, SO101PickEnv
+from so101_gym_env import SO101PickEnv
 from so101_mujoco_utils import REWARD_TERMS, RewardConfig, SceneState, compute_reward, is_grasped, is_success
+from so101_sim.config import EnvConfig
+from so101_sim.expert import PHASE_STEPS, ScriptedExpert
 
 BASE = SceneState(
     tool_pos=np.array([0.0, 0.0, 0.0125]),

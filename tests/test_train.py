@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_reinflow
+from reinflow import ConfigError
 from reinflow.checkpoint import checkpoint_step, load_training_state, resolve_checkpoint
-from reinflow.tracking import METRICS, read_metrics
-from train_reinflow import PRESETS, TrainingConfig, train
-from training_checks import ConfigError
+from reinflow.metrics import known_metrics, read_metrics
+from so101_sim.episode import EXTRAS
+from train_reinflow import PRESETS, TrainingConfig, evaluate, open_run, rollout, train, update
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("time/",)
@@ -42,17 +44,16 @@ def metrics_of(run: Path) -> list[dict]:
 
 def test_run_keeps_one_rollout_and_names_its_prefix_cache(small, monkeypatch):
     """A second cache beside the first would take twice the memory that was planned; and --resume must keep the same."""
-    from training_run import TrainingRun
 
-    buffers, alive, rollout = [], [], TrainingRun.rollout
+    buffers, alive, rollout = [], [], train_reinflow.rollout
 
-    def watched(run):
+    def watched(run, config):
         alive.append([b() is not None for b in buffers])
-        buffer = rollout(run)
+        buffer = rollout(run, config)
         buffers.append(weakref.ref(buffer.chain))
         return buffer
 
-    monkeypatch.setattr(TrainingRun, "rollout", watched)
+    monkeypatch.setattr(train_reinflow, "rollout", watched)
     train(replace(small, num_episodes=4))
     assert alive == [[], [False]]
     assert json.loads((Path(small.output_dir) / "config.json").read_text())["prefix_cache"] == "kv"
@@ -103,7 +104,8 @@ def test_run_directory(small, tmp_path):
     assert json.loads((run / "config.json").read_text())["num_episodes"] == 4
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["progress/episodes"] for row in rows] == [2, 4]
-    assert all(name in METRICS or name.startswith("reward/") for row in rows for name in row)
+    known = known_metrics(EXTRAS)
+    assert all(name in known or name.startswith("reward/") for row in rows for name in row)
     assert rows[0]["lr/policy"] == 0 and rows[1]["lr/policy"] > 0  # critic warm-up, then warm-up of the rate
     assert rows[1]["ppo/ratio_error_before_update"] < 1e-4
     assert "eval/success_rate" in rows[1]
@@ -126,16 +128,16 @@ def test_policy_changes_and_the_frozen_prefix_does_not(small, tmp_path, tiny_pol
 
 def test_credit_by_control_step_sees_what_encode_shows(small):
     """A critic on the simulator's state, of a policy that sees pixels."""
-    from training_run import TrainingRun
 
-    with TrainingRun.open(replace(small, credit="control_step", critic_input="state", gae_lambda=0.99)) as run:
-        encoded = run.cursor.context
-        state = run.policy.state_context(torch.as_tensor(run.cursor.state))
+    config, run = open_run(replace(small, credit="control_step", critic_input="state", gae_lambda=0.99))
+    with run:
+        encoded = run.current.context
+        state = run.policy.state_context(torch.as_tensor(run.current.state))
         assert torch.equal(run.policy.value(state), run.policy.value(encoded)) and state.keys() <= encoded.keys()
         for run.iteration in (1, 2):
-            buffer = run.rollout()
+            buffer = rollout(run, config)
             assert buffer.states.shape[2:] == (51, 35) and buffer.step_reward.shape[2] == 50
-            run.update(buffer)
+            update(run, config, buffer)
         critic = run.policy.critic.norm
         assert critic.count > 6 * 50  # two rollouts of six chunks: it saw their control steps
         assert torch.equal(state["environment_state"], encoded["environment_state"])
@@ -144,23 +146,24 @@ def test_credit_by_control_step_sees_what_encode_shows(small):
 def test_best_is_the_last_checkpoint_within_a_standard_error_of_the_highest_success(small, monkeypatch):
     """.975 after .985 is chance, .90 is not; .965 is measured against the highest, not its forerunner."""
     from reinflow.evaluate import EpisodeRow, EvalResult
-    from training_run import TrainingRun
 
     def with_successes(k: int) -> EvalResult:
-        return EvalResult(tuple(EpisodeRow(i, i < k, 0.0, 150, 0.0, 0.0) for i in range(200)), 1.0)
+        return EvalResult(tuple(EpisodeRow(i, i < k, 0.0, 150, 0.0) for i in range(200)), 1.0)
 
     results = iter(with_successes(k) for k in (180, 197, 195, 180, 193, 200, 199))
-    monkeypatch.setattr(TrainingRun, "_evaluate", lambda *_: next(results))
+    monkeypatch.setattr(train_reinflow, "play", lambda *_: next(results))
     best = []
-    with TrainingRun.open(small) as run:
+    config, run = open_run(small)
+    with run:
         for run.iteration in range(1, 8):
-            run.evaluate()
+            evaluate(run, config)
             best.append(checkpoint_step(resolve_checkpoint(run.run_dir / "checkpoints" / "best")))
     assert best == [1, 2, 3, 3, 3, 6, 7]
 
 
 def test_best_checkpoint_is_a_stock_policy_for_reinflow_eval(small, tmp_path):
-    from reinflow_eval import EvalConfig, find_policy, run_eval, stored_env
+    from reinflow_so101.commands.evaluate import EvalConfig, find_policy, run_eval
+    from reinflow_so101.policy_card import stored_env
 
     train(replace(small, num_episodes=4))
     policy_dir = find_policy(str(tmp_path / "run"))
@@ -178,7 +181,8 @@ def test_best_checkpoint_is_a_stock_policy_for_reinflow_eval(small, tmp_path):
 
 
 def test_evaluation_is_reproducible_and_equals_the_trainers(small, tmp_path):
-    from reinflow_eval import EvalConfig, run_eval, stored_env
+    from reinflow_so101.commands.evaluate import EvalConfig, run_eval
+    from reinflow_so101.policy_card import stored_env
 
     train(replace(small, num_episodes=2, report_episodes=2))
     run = tmp_path / "run"
@@ -226,7 +230,7 @@ def test_what_does_not_fit_the_policy_is_refused_at_start(small):
 
 
 def test_hub_path_without_hub_says_what_to_do(small):
-    from policy_directory import PolicyDirectoryError
+    from reinflow_vla.directory import PolicyDirectoryError
 
     with pytest.raises(PolicyDirectoryError, match=r"lerobot/smolvla_base.*hf download"):
         train(replace(small, pretrained_path="lerobot/smolvla_base"))

@@ -1,0 +1,105 @@
+"""The environment's contract: N environments that execute whole chunks of actions.
+
+Rollouts, evaluations and runs know an environment by this page alone. N environments, n control steps in a chunk,
+S the length of the privileged simulator state, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Observation(TypedDict, total=False):
+    """What N environments show; which entries there are is the environment's to say and the policy's to ask for."""
+
+    pixels: dict[str, NDArray[np.uint8]]  # by view, (N, h, w, 3)
+    agent_pos: NDArray[np.float32]  # (N, P) the robot's own state, in the policy's units
+    environment_state: NDArray[np.float32]  # (N, S) privileged
+    task: list[str]  # N instructions
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A figure that an environment reports of every episode besides return, length and success."""
+
+    explanation: str  # what it is and in which unit
+    template: str  # its mean in a summary, e.g. "max height {:.3f} m"
+
+
+@dataclass(frozen=True)
+class EpisodeStats:
+    """One finished episode."""
+
+    env: int  # its row
+    seed: int
+    return_: float  # undiscounted
+    length: int  # control steps
+    success: bool
+    reward_terms: dict[str, float] = field(default_factory=dict)  # sums over the episode; they add up to return_
+    extras: dict[str, float] = field(default_factory=dict)  # by the names of ChunkVectorEnv.extras
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """One chunk of n control steps in N environments.
+
+    The observation is the one to decide on next: an environment whose episode ended shows its next episode if it
+    restarts, and its last instant otherwise.
+    """
+
+    observation: Observation
+    rewards: Array  # (N, n), 0 after the end of the episode
+    reward_terms: dict[str, Array]  # (N, n) each; they add up to rewards
+    active: NDArray[np.bool_]  # (N, n) executed steps of the episode, its last one included
+    terminated: NDArray[np.bool_]  # (N,) the task ended in this chunk
+    truncated: NDArray[np.bool_]  # (N,) the time limit struck in this chunk; never both
+    final_indices: NDArray[np.int64]  # (M,) the truncated environments
+    final_observation: Observation | None  # (M rows) their last instant, before any restart; None if M == 0
+    environment_states: NDArray[np.float32] | None  # (N, n, S) after each active step, 0 elsewhere; if there are any
+    episodes: list[EpisodeStats]  # that ended in this chunk, by environment
+
+
+class ChunkVectorEnv(ABC):
+    """N environments that run whole chunks; close them, or use them in a ``with``."""
+
+    num_envs: int
+    extras: ClassVar[Mapping[str, Extra]] = {}
+    """What EpisodeStats.extras holds; every name becomes a metric."""
+
+    @abstractmethod
+    def reset(self, seeds: Sequence[int]) -> Observation:
+        """Start the episode of its seed in every environment. Raises ValueError unless there is one seed for each."""
+
+    @abstractmethod
+    def step_chunk(self, actions: NDArray[Any]) -> ChunkResult:
+        """Execute actions (N, n, A), one control step each.
+
+        Raises:
+            ValueError: wrong shape, NaN or infinity.
+            RuntimeError: before the first reset.
+        """
+
+    @abstractmethod
+    def get_state(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: numpy arrays and JSON-able values, for a checkpoint."""
+
+    @abstractmethod
+    def set_state(self, state: Mapping[str, Any]) -> Observation:
+        """Go back to a ``get_state``; returns the observation to decide on. Raises ValueError if it does not fit."""
+
+    def close(self) -> None:  # noqa: B027 - most environments hold nothing
+        """Free renderers and processes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

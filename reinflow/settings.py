@@ -1,0 +1,78 @@
+"""One flat config, many rooms: ranges that stand in a field's annotation, settings classes cut out of it, its JSON.
+
+    policy_lr: Annotated[float, POSITIVE] = 3e-6
+
+Free of torch, so that a wrong flag is refused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from reinflow import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a setting may have. NaN lies in none."""
+
+    words: str  # "must be ..."
+    low: float
+    high: float = float("inf")
+    low_included: bool = True
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` is one of them."""
+        return (value >= self.low if self.low_included else value > self.low) and value <= self.high
+
+
+POSITIVE = Range("be positive", 0, low_included=False)
+NOT_NEGATIVE = Range("not be negative", 0)
+FRACTION = Range("lie in [0, 1]", 0, 1)
+
+
+@cache
+def _ranges(kind: type) -> dict[str, Range]:
+    hints = get_type_hints(kind, include_extras=True)
+    notes = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: note for name, all_ in notes.items() for note in all_ if isinstance(note, Range)}
+
+
+def out_of_range(config: DataclassInstance) -> Iterator[str]:
+    """A line for every field of ``config`` that lies outside the Range in its annotation."""
+    for name, allowed in _ranges(type(config)).items():
+        value = getattr(config, name)
+        if not allowed.holds(value):
+            yield f"{name} must {allowed.words}, got {value}"
+
+
+def cut[S](config: DataclassInstance, settings: type[S], **given: Any) -> S:
+    """An instance of the dataclass ``settings``: its fields by name from ``config``, or as ``given``."""
+    names = {f.name for f in dataclasses.fields(config)}
+    wanted = {f.name for f in dataclasses.fields(settings)} & names - given.keys()  # type: ignore[arg-type]
+    return settings(**{name: getattr(config, name) for name in wanted}, **given)
+
+
+def config_to_json(config: DataclassInstance) -> dict[str, Any]:
+    """JSON-able dict of all fields."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_json[S](data: Mapping[str, Any], config_type: type[S]) -> S:
+    """Inverse of ``config_to_json``; unknown or missing fields are a ConfigError."""
+    fields = {f.name: f for f in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    if data.keys() != fields.keys():
+        raise ConfigError(
+            f"config.json was written by another version: missing {sorted(fields.keys() - data.keys())}, "
+            f"unknown {sorted(data.keys() - fields.keys())}"
+        )
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return config_type(**values)

@@ -1,0 +1,1 @@
+"""This robot with these policies: checks, command lines, policy families, stages before RL and commands after it."""

@@ -1,0 +1,167 @@
+"""What a training's settings must satisfy together. Ranges of single fields stand in their annotations.
+
+Free of torch and of files: contradictions are refused when the config is built, in half a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from reinflow import ConfigError
+from reinflow.seeds import FIRST_REPORTING_SEED
+from reinflow.settings import out_of_range
+
+FlatConfig = Any
+"""The one flat config of train_reinflow.py, which no room below may name."""
+
+PI0_FIELDS = (
+    "pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank", "pi0_vlm_dtype", "pi0_gradient_checkpointing",
+)  # fmt: skip
+
+
+def check_config(config: FlatConfig) -> None:
+    """Raise one ConfigError that lists everything wrong with ``config``."""
+    problems = list(out_of_range(config))
+    if config.num_parallel_envs > 0:  # what a rollout holds is a quotient by it
+        problems += [problem for check in CHECKS for problem in check(config)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _environment(c: FlatConfig) -> Iterator[str]:
+    try:
+        c.env()
+    except ConfigError as error:
+        yield str(error)
+
+
+def _contradictions(c: FlatConfig) -> Iterator[str]:
+    if c.sigma_min > c.sigma_max:
+        yield f"sigma_min={c.sigma_min} exceeds sigma_max={c.sigma_max}: swap them, or make them equal for fixed noise"
+    if c.policy_optimizer == "natural" and c.target_kl == 0:
+        yield "target_kl=0 with policy_optimizer=natural: it is the length of a natural step, set it to e.g. 0.03"
+    if c.policy_optimizer == "natural" and c.compile_expert:
+        yield (
+            "compile_expert gains nothing with policy_optimizer=natural, which watches every layer: drop it, or set "
+            "policy_optimizer=adam"
+        )
+    if c.n_action_steps > c.chunk_size:
+        yield f"n_action_steps={c.n_action_steps} exceeds chunk_size={c.chunk_size}: execute at most the whole chunk"
+    if c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:
+        yield (
+            f"chunks_per_episode={c.chunks_per_episode} x n_action_steps={c.n_action_steps} is not "
+            f"max_steps_per_episode={c.max_steps_per_episode}: change one of them"
+        )
+    batch = c.minibatch_size * c.gradient_accumulation_steps
+    if batch > c.decisions_per_iteration:
+        yield (
+            f"gradient_accumulation_steps={c.gradient_accumulation_steps} x minibatch_size={c.minibatch_size} needs "
+            f"{batch} decisions, a rollout has {c.decisions_per_iteration}: raise episodes_per_iteration or lower one"
+        )
+    if c.episodes_per_iteration < c.num_parallel_envs:
+        yield (
+            f"episodes_per_iteration={c.episodes_per_iteration} is below num_parallel_envs={c.num_parallel_envs}: "
+            "every environment plays at least one episode per rollout"
+        )
+    if c.use_subproc_env and c.num_parallel_envs == 1:
+        yield "use_subproc_env needs num_parallel_envs > 1"
+    if c.render and c.headless:
+        yield "render and headless contradict each other: drop one"
+    if c.render and c.num_parallel_envs > 1:
+        yield "render shows one environment: set num_parallel_envs=1 or drop render"
+
+
+def _credit(c: FlatConfig) -> Iterator[str]:
+    if c.credit == "decision":
+        return
+    if c.model_type != "flow_mlp" and c.critic_input != "state":
+        yield f"credit={c.credit} needs a critic that sees every control step: set critic_input=state"
+    if c.discount_per != "control_step":
+        yield f"credit={c.credit} discounts control steps, discount_per={c.discount_per}: set discount_per=control_step"
+    if not c.train_critic:
+        yield f"credit={c.credit} needs a critic: set train_critic, or credit=decision"
+
+
+def _seeds(c: FlatConfig) -> Iterator[str]:
+    if c.eval_seed + c.eval_episodes > FIRST_REPORTING_SEED:
+        yield (
+            f"eval_seed={c.eval_seed} + eval_episodes={c.eval_episodes} reaches the reporting seeds "
+            f"(from {FIRST_REPORTING_SEED}): checkpoints must not be chosen by them, lower eval_seed"
+        )
+    if c.eval_seed < c.num_parallel_envs:
+        yield f"eval_seed={c.eval_seed} leaves no seed below it for each of num_parallel_envs: raise eval_seed"
+    if c.report_seed < FIRST_REPORTING_SEED:
+        yield f"report_seed={c.report_seed} lies in the training seeds: use {FIRST_REPORTING_SEED} or more"
+    if c.seed >= FIRST_REPORTING_SEED:
+        yield f"seed={c.seed} is a reporting seed: train with one below {FIRST_REPORTING_SEED}"
+
+
+def _models(c: FlatConfig) -> Iterator[str]:
+    trained = (c.train_action_head, c.train_time_mlp, c.train_full_expert, c.train_noise_head)
+    if not any(trained):
+        yield "train_action_head, train_time_mlp, train_full_expert and train_noise_head are all off: nothing to train"
+    if c.noise_basis == "white" and c.noise_last_step_only and c.num_denoising_steps == 1:
+        yield "noise_last_step_only changes nothing with num_denoising_steps=1: drop it"
+    if c.noise_basis == "dct" and c.num_noise_coefficients > c.n_action_steps:
+        yield (
+            f"num_noise_coefficients={c.num_noise_coefficients} exceeds n_action_steps={c.n_action_steps}: "
+            "a chunk has no more cosines than steps"
+        )
+
+
+def _flow_mlp(c: FlatConfig) -> Iterator[str]:
+    """What the state-based policy cannot do, and fields that would be ignored beside the chosen model_type."""
+    unset = {f.name: f.default for f in dataclasses.fields(c)}
+    if c.model_type != "flow_mlp":
+        if c.flow_mlp_pretrained_path != unset["flow_mlp_pretrained_path"]:
+            yield (
+                f"flow_mlp_pretrained_path={c.flow_mlp_pretrained_path} is not read with model_type={c.model_type}: "
+                "use --preset flow_mlp or drop it"
+            )
+        return
+    for name in ("prefix_cache", "prefix_cache_gb", "compile_expert"):
+        if getattr(c, name) != unset[name]:
+            yield f"{name}={getattr(c, name)} is not read with model_type=flow_mlp, which is no transformer: drop it"
+    if c.pretrained_path != unset["pretrained_path"]:
+        yield (
+            f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "
+            "--preset flow_mlp and name the policy by flow_mlp_pretrained_path"
+        )
+    if c.n_action_steps != c.chunk_size:
+        yield (
+            f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: a flow_mlp's layers are as wide as "
+            "its chunk, it executes all that it predicts; make one of that width with reinflow-sft-mlp --chunk-size"
+        )
+    if c.train_time_mlp != c.train_full_expert:
+        yield (
+            f"train_time_mlp={c.train_time_mlp} but train_full_expert={c.train_full_expert}: a flow_mlp embeds flow "
+            "time in its trunk, set both alike"
+        )
+
+
+def _pi0(c: FlatConfig) -> Iterator[str]:
+    """What Pi0 cannot do, and its fields beside another model_type."""
+    unset = {f.name: f.default for f in dataclasses.fields(c)}
+    if c.model_type != "pi0":
+        for name in PI0_FIELDS:
+            if getattr(c, name) != unset[name]:
+                value = f"{name}={getattr(c, name)}"
+                yield f"{value} is not read with model_type={c.model_type}: use --preset pi0 or drop it"
+        return
+    if c.pretrained_path != unset["pretrained_path"]:
+        yield (
+            f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=pi0 does not read: name the policy "
+            "by pi0_pretrained_path"
+        )
+    if c.n_action_steps != c.chunk_size:
+        yield (
+            f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: Pi0's action tokens see each other "
+            "in both directions, so it executes all that it predicts; make them equal"
+        )
+    if c.peft_rank and not c.train_full_expert:
+        yield f"peft_rank={c.peft_rank} adapts the expert, which train_full_expert=False freezes: set one of them"
+
+
+CHECKS = (_contradictions, _environment, _credit, _seeds, _models, _flow_mlp, _pi0)

@@ -1,0 +1,169 @@
+"""Where the flags of a training start from (a preset, or a run's own settings), and what a resumed run may change."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from reinflow import ConfigError
+from reinflow.settings import config_from_json, config_to_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CHANGEABLE_ON_RESUME = {
+    "num_episodes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints", "log_interval",
+    "wandb_enabled", "wandb_mode", "headless", "num_threads", "report_episodes",
+    "prefix_cache", "prefix_cache_gb", "compile_expert",
+}  # fmt: skip
+
+
+def run_directory(output_dir: str, default: str) -> Path:
+    """Directory of a new run, ``default`` without one; nothing is made yet.
+
+    Raises:
+        ConfigError: it holds a run already.
+    """
+    run = Path(output_dir or default)
+    if (run / "config.json").exists():
+        raise ConfigError(f"output_dir={run} holds a run already: add --resume, or choose another directory")
+    return run
+
+
+def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
+    """Run directory that --resume continues.
+
+    Raises:
+        ConfigError: neither checkpoint_path nor output_dir is one.
+    """
+    if checkpoint_path and Path(checkpoint_path).is_file():
+        raise ConfigError(
+            f"checkpoint_path={checkpoint_path} is a file: pickled checkpoints are not loaded; "
+            "name a run directory or a directory under its checkpoints/"
+        )
+    for field, value in (("checkpoint_path", checkpoint_path), ("output_dir", output_dir)):
+        path = Path(value)
+        for candidate in (path, *path.parents[:3]) if value else ():
+            if (candidate / "config.json").exists() and (candidate / "checkpoints").exists():
+                return candidate
+        if value and field == "output_dir":
+            raise ConfigError(f"output_dir={value} holds no run to resume (no config.json with checkpoints/)")
+    raise ConfigError("resume needs the run: give its directory as --output-dir (or --checkpoint-path)")
+
+
+def flag_value(argv: Sequence[str], *names: str) -> str:
+    """Value of the first of ``names`` among the flags, before the parser runs; "" without one."""
+    for i, word in enumerate(argv):
+        for name in names:
+            if word == name and i + 1 < len(argv):
+                return argv[i + 1]
+            if word.startswith(name + "="):
+                return word.split("=", 1)[1]
+    return ""
+
+
+def starting_point[C](argv: Sequence[str], presets: Mapping[str, C]) -> C:
+    """The config whose fields the flags override: a preset's, or with --resume the run's own."""
+    if "--resume" in argv:
+        run = resume_directory(
+            flag_value(argv, "--checkpoint-path", "--checkpoint_path"),
+            flag_value(argv, "--output-dir", "--output_dir"),
+        )
+        some = next(iter(presets.values()))
+        saved = json.loads((run / "config.json").read_text()) | {"resume": True, "output_dir": str(run)}
+        return config_from_json(saved, type(some))
+    preset = flag_value(argv, "--preset") or "smolvla"
+    if preset not in presets:
+        raise ConfigError(f"preset={preset} is unknown: choose one of {sorted(presets)}")
+    return presets[preset]
+
+
+def pick_device(name: str) -> str:
+    """Resolve "auto"; raise ConfigError for an accelerator that is not there."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise ConfigError(f"device={name} is not available on this machine: use --device auto")
+    return name
+
+
+def check_resumed(config: DataclassInstance, saved: DataclassInstance) -> None:
+    """Only settings that do not change the run's meaning may differ from the saved ones."""
+    given, stored = config_to_json(config), config_to_json(saved)
+    changed = [k for k in given if given[k] != stored[k] and k not in CHANGEABLE_ON_RESUME]
+    if changed:
+        raise ConfigError(
+            "a resumed run keeps its settings; these differ from config.json: "
+            + ", ".join(f"{k} ({stored[k]} -> {given[k]})" for k in changed)
+            + ". Leave them out, or start a new run with --pretrained-path on the checkpoint"
+        )
+
+
+# --- Flags in groups --------------------------------------------------------------------------------------------------
+
+
+def sections(config_type: type) -> dict[str, list[str]]:
+    """Fields of a config class by the section comments (``# --- Title ---``) that they stand under."""
+    found: dict[str, list[str]] = {}
+    names = {f.name for f in dataclasses.fields(config_type)}
+    for line in inspect.getsource(config_type).splitlines():
+        if title := re.fullmatch(r"    # --- (.+?) -+", line):
+            found[title[1]] = []
+        elif (field := re.match(r"    (\w+): ", line)) and field[1] in names:
+            found[next(reversed(found))].append(field[1])
+    return found
+
+
+def field_docs(config_type: type) -> dict[str, str]:
+    """The string under every field of a config class, on one line."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(config_type)).body if isinstance(node, ast.ClassDef))
+    docs = {}
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return docs
+
+
+def parse_flags[C: DataclassInstance, X](
+    argv: Sequence[str], default: C, description: str | None, also: X, prog: str | None = None
+) -> tuple[C, X]:
+    """The config that the flags make of ``default``; --help shows its fields by section.
+
+    Args:
+        argv: the flags.
+        default: what they override.
+        description: above the help.
+        also: a dataclass of further flags, which come first; None adds nothing.
+        prog: the command's name in usage and errors.
+
+    Raises:
+        ConfigError: the config does not hold together.
+    """
+    import tyro
+
+    kind = type(default)
+    hints, docs = get_type_hints(kind, include_extras=True), field_docs(kind)
+    parts: dict[str, Any] = {} if also is None else {"this_command": also}
+    for title, names in sections(kind).items():
+        part = dataclasses.make_dataclass(title, [(name, hints[name]) for name in names], frozen=True)
+        lines = "\n".join(f"    {name}: {docs[name]}" for name in names)
+        part.__doc__ = f"{title}.\n\nAttributes:\n{lines}"
+        parts[re.sub(r"\W+", "_", title.lower())] = part(*(getattr(default, name) for name in names))
+    whole = dataclasses.make_dataclass(
+        "Flags", [(name, Annotated[type(part), tyro.conf.OmitArgPrefixes]) for name, part in parts.items()]
+    )
+    flags = tyro.cli(whole, args=list(argv), default=whole(**parts), description=description, prog=prog)
+    values = {name: vars(part) for name, part in vars(flags).items() if name != "this_command"}
+    return dataclasses.replace(default, **{k: v for part in values.values() for k, v in part.items()}), getattr(
+        flags, "this_command", also
+    )

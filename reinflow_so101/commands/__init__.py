@@ -1,0 +1,1 @@
+"""Over a finished run or policy: evaluate, doctor, materialize."""

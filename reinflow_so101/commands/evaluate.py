@@ -1,0 +1,184 @@
+"""reinflow-eval: noise-free success of a policy on fixed seeds.
+
+    reinflow-eval --policy-path model/tiny_smolvla --episodes 200 --seed 10000 --output-dir outputs/eval
+
+Works on a run directory or a checkpoint of train_reinflow.py (its best checkpoint, else its last) and on any stock
+LeRobot policy directory whose cameras and joints match. A SmolVLA, a Pi0 or Pi0.5 and a flow_mlp (the small MLP on
+simulator state) go through the same policy object as in training.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tyro
+
+from reinflow import ConfigError, run_command
+from reinflow.seeds import FIRST_REPORTING_SEED
+from reinflow_so101.command_line import flag_value
+from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
+from reinflow_so101.policy_card import TASK_GROUP, stored_env
+from reinflow_vla.directory import CONFIG_FILE, read_json
+from so101_sim.config import EnvConfig
+
+if TYPE_CHECKING:
+    from reinflow.env import Observation
+    from reinflow.evaluate import Act, EvalResult
+
+VIDEO_INTERVAL = 2  # control steps per frame: 25 frames a second
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a policy noise-free on fixed seeds."""
+
+    policy_path: str
+    """Run directory, checkpoint, or policy directory; "tiny", "tiny-pi0" and "flow_mlp" name the embedded policies."""
+    output_dir: str
+    """Where eval_info.json (LeRobot's shape) and the video go; refused if it holds an evaluation."""
+    episodes: int = 200
+    """Episodes; episode i uses seed + i."""
+    seed: int = FIRST_REPORTING_SEED
+    """First seed. From 10,000 up they are for reporting, below for tuning."""
+    num_parallel_envs: int = 32
+    """Environments that act at once."""
+    num_denoising_steps: int = 0
+    """K; 0 takes what is stored with the policy."""
+    n_action_steps: int = 0
+    """Executed actions per chunk; 0 takes what is stored with the policy."""
+    video: bool = False
+    """Write an mp4 grid of the first episodes, all cameras of the environment side by side."""
+    gif: bool = False
+    """With video: write it as video.gif too, for a README."""
+    video_episodes: int = 4
+    """Episodes in the video."""
+    device: str = "cpu"
+    """Where the policy runs."""
+    pi0_tokenizer_path: str = ""
+    """Folder with PaliGemma's tokenizer, for a Pi0 whose stored tokenizer cannot be had."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """The environment; defaults come from reinflow.json beside the policy, if there is one."""
+
+    @property
+    def acting(self) -> ActingSettings:
+        """How the policy acts."""
+        return ActingSettings(self.device, self.num_denoising_steps, self.n_action_steps, self.pi0_tokenizer_path)
+
+
+def check_config(config: EvalConfig) -> None:
+    """Raise a ConfigError for what cannot work."""
+    for name in ("episodes", "num_parallel_envs", "video_episodes"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if (Path(config.output_dir) / "eval_info.json").exists():
+        raise ConfigError(f"output_dir={config.output_dir} holds an evaluation already: choose another directory")
+
+
+def find_policy(path: str) -> Path:
+    """Policy directory behind a run, a checkpoint or a policy directory; raises ConfigError."""
+    from reinflow.checkpoint import BEST, CHECKPOINTS, PRETRAINED, resolve_checkpoint
+
+    if path in EMBEDDED:
+        return EMBEDDED[path].embedded
+    root = Path(path)
+    best = root / CHECKPOINTS / BEST
+    if (root / CHECKPOINTS).is_dir() or (root / PRETRAINED).is_dir():
+        return resolve_checkpoint(best if best.exists() else root) / PRETRAINED
+    if not (root / CONFIG_FILE).is_file():
+        raise ConfigError(f"policy_path={path} is no run, checkpoint or policy directory (no config.json)")
+    return root
+
+
+def make_actor(config: EvalConfig, policy_dir: Path) -> Act:
+    """Observation -> actions: the acting policy of training with zero noise, or any other LeRobot policy."""
+    family, kind = family_of(policy_dir), read_json(policy_dir / CONFIG_FILE).get("type")
+    if config.pi0_tokenizer_path and (family is None or "pi0" not in family.types):
+        given = f"pi0_tokenizer_path={config.pi0_tokenizer_path}"
+        raise ConfigError(f"{given} is not read by a {kind} policy: leave it out")
+    if family is None:
+        return stock_actor(config, policy_dir)
+    import torch
+
+    from reinflow.flow import ChainSpec
+    from reinflow.rollout import noise_free_actor
+
+    policy = family.load(policy_dir, config.acting)
+    torch.manual_seed(config.seed)
+    return noise_free_actor(policy, ChainSpec(policy.num_denoising_steps), config.seed)
+
+
+def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
+    """Any other LeRobot policy that predicts chunks, by LeRobot's own loading and processors."""
+    import torch
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    from reinflow_vla.base import lerobot_batch
+
+    settings = PreTrainedConfig.from_pretrained(policy_dir, cli_overrides=[f"--device={config.device}"])
+    policy = get_policy_class(settings.type).from_pretrained(policy_dir, config=settings, strict=True).eval()
+    before, after = make_pre_post_processors(settings, pretrained_path=str(policy_dir))
+    steps = config.n_action_steps or settings.n_action_steps
+
+    @torch.no_grad()
+    def act(observation: Observation) -> np.ndarray:
+        batch = before(lerobot_batch(observation, observation.get("pixels", {})))
+        return after(policy.predict_action_chunk(batch))[:, :steps].double().numpy()
+
+    return act
+
+
+def run_eval(config: EvalConfig) -> EvalResult:
+    """Evaluate, print the table, write eval_info.json (and video.mp4)."""
+    from rich.console import Console
+
+    from reinflow.evaluate import evaluate_seeds, write_eval_info
+    from so101_sim.vector.make import make_vector_env
+
+    check_config(config)
+    policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
+    make_env = partial(make_vector_env, config.env, autoreset=False)
+    act = make_actor(config, policy_dir)
+    result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
+    if config.video:
+        # A fresh actor draws the same x_0 again, so that the video shows the episodes that were counted.
+        result.video_paths.append(str(record_video(config, make_actor(config, policy_dir))))
+    path = write_eval_info(out / "eval_info.json", result.to_lerobot_info(TASK_GROUP))
+    result.print(Console())
+    print(f"wrote {path}")
+    return result
+
+
+def record_video(config: EvalConfig, act: Act) -> Path:
+    """Play the first episodes again, rows of episodes by columns of cameras."""
+    from reinflow.evaluate import evaluate, even_batch
+    from reinflow.video import EpisodeRecorder, write_gif, write_mp4
+    from so101_sim.vector.make import make_vector_env
+
+    num_envs = even_batch(config.episodes, config.num_parallel_envs)
+    recorder = EpisodeRecorder(config.video_episodes)
+    seen = replace(config.env, render_images=True)  # the policy may need no images, who watches it does
+    with make_vector_env(seen, num_envs, autoreset=False) as env:
+        evaluate(act, env, range(config.seed, config.seed + num_envs), recorder, VIDEO_INTERVAL)
+    if config.gif:
+        write_gif(Path(config.output_dir) / "video.gif", recorder.frames[::2], fps=25 // VIDEO_INTERVAL)
+    return write_mp4(Path(config.output_dir) / "video.mp4", recorder.frames, fps=50 // VIDEO_INTERVAL)
+
+
+def parse_args(argv: Sequence[str]) -> EvalConfig:
+    """Flags; the environment's defaults come from the policy that --policy-path names."""
+    path = flag_value(argv, "--policy-path", "--policy_path")
+    env = stored_env(find_policy(path)) if path else EnvConfig()
+    default = EvalConfig(policy_path=tyro.MISSING, output_dir=tyro.MISSING, env=env)
+    return tyro.cli(EvalConfig, args=list(argv), default=default, description=__doc__, prog="reinflow-eval")
+
+
+def main() -> None:
+    """Console entry point."""
+    run_command("reinflow-eval", lambda: run_eval(parse_args(sys.argv[1:])))

@@ -1,0 +1,66 @@
+"""reinflow-materialize: a copy of a policy directory that plain LeRobot loads from anywhere.
+
+reinflow-materialize --policy-dir model/tiny_smolvla --output-dir /some/where
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from reinflow import run_command
+from reinflow_vla.directory import (
+    CONFIG_FILE,
+    PolicyDirectoryError,
+    locate_policy,
+    read_json,
+    refuse_existing,
+    resolve_folder,
+    store_tokenizer,
+    stored_tokenizer,
+)
+from reinflow_vla.smolvla_directory import write_references
+
+
+@dataclass(frozen=True)
+class MaterializeConfig:
+    """Copy a policy directory and write absolute paths into it, for programs that know only LeRobot."""
+
+    policy_dir: Path
+    """Directory to copy (for instance model/tiny_smolvla)."""
+    output_dir: Path
+    """Where the copy goes and must stay; refused if it exists."""
+
+
+def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
+    """Copy a SmolVLA or Pi0 directory and write absolute paths, so that stock LeRobot loads it from anywhere.
+
+    A Pi0 of other than the published sizes loads inside ``pi0_directory.reduced_sizes`` only.
+
+    Returns:
+        The absolute path of the copy. It must not be moved afterwards (materialise again instead).
+    """
+    source, target = locate_policy(policy_dir), Path(output_dir).resolve()
+    refuse_existing(target)
+    vlm_name = read_json(source / CONFIG_FILE).get("vlm_model_name")
+    folder = Path(resolve_folder(source, str(vlm_name or stored_tokenizer(source))))
+    if not folder.is_dir():
+        raise PolicyDirectoryError(f"{source} refers to the hub ({folder}): LeRobot loads it as it is, nothing to do")
+    shutil.copytree(source, target)
+    inside = target / folder.name
+    if folder.parent != source:
+        shutil.copytree(folder, inside, dirs_exist_ok=True)
+    if vlm_name:
+        write_references(target, str(inside))
+    else:
+        store_tokenizer(target, str(inside))
+    return target
+
+
+def main() -> None:
+    """reinflow-materialize."""
+    import tyro
+
+    config = tyro.cli(MaterializeConfig, description=MaterializeConfig.__doc__)
+    run_command("reinflow-materialize", lambda: print(f"wrote {materialize(config.policy_dir, config.output_dir)}"))

@@ -1,0 +1,41 @@
+"""reinflow.json beside a policy: the environment that it was made for. LeRobot ignores the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from reinflow_vla.directory import CONFIG_FILE, OBS_IMAGES_PREFIX, read_json
+from so101_sim.config import EnvConfig
+
+CARD_FILE = "reinflow.json"
+TASK_GROUP = "so101_pick"  # what eval_info.json calls the task
+
+
+def policy_card(env: EnvConfig) -> dict[str, str]:
+    """File name -> content. Paths stay out of it: a policy travels."""
+    content = {"env": {name: value for name, value in dataclasses.asdict(env).items() if name != "model_path"}}
+    return {CARD_FILE: json.dumps(content, indent=2) + "\n"}
+
+
+def write_card(directory: Path, env: EnvConfig) -> None:
+    """Put the card beside a policy."""
+    for name, content in policy_card(env).items():
+        (directory / name).write_text(content, encoding="utf-8")
+
+
+def stored_env(policy_dir: Path) -> EnvConfig:
+    """The policy's own environment, or the default one with the policy's cameras and image size."""
+    path = policy_dir / CARD_FILE
+    stored = read_json(path).get("env") if path.exists() else None
+    if stored:
+        known = {f.name for f in dataclasses.fields(EnvConfig)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+        return EnvConfig(**values)
+    features = read_json(policy_dir / CONFIG_FILE).get("input_features", {})
+    images = {k.removeprefix(OBS_IMAGES_PREFIX): f["shape"] for k, f in features.items() if f.get("type") == "VISUAL"}
+    if not images:
+        return EnvConfig(render_images=False, environment_state=True)
+    return EnvConfig(cameras=tuple(images), image_size=next(iter(images.values()))[-1])

@@ -1,0 +1,1 @@
+"""Before RL, in order: build, pretrain, demonstrations, sft."""

@@ -1,0 +1,175 @@
+"""The pick-up task without an interface: how an episode starts, what actions mean, what steps earn.
+
+`PickScene` holds what every form of the environment shares, so that reset, clipping, reward and the end of an episode
+are written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from reinflow import ConfigError, UserError
+from so101_mujoco_utils import (
+    FRAMES,
+    REWARD_TERMS,
+    Array,
+    SceneLayout,
+    clip_to_limits,
+    compute_reward,
+    environment_state,
+    is_success,
+    load_model,
+)
+from so101_sim.config import EnvConfig
+from so101_sim.episode import ChunkScore
+from so101_sim.randomize import draw_block, draw_start_deg
+from so101_sim.renderer import ParallelRenderer, SceneRenderer, gl_backend
+
+INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+class PickScene:
+    """The model and the rules of the task: how an episode starts, what actions mean, what steps earn.
+
+    Holds no episode: the same scene serves any number of environments in a process.
+    """
+
+    def __init__(self, config: EnvConfig) -> None:
+        self.config = config
+        try:
+            self.model = load_model(config.model_path, tuple(config.cameras))
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        self.layout = SceneLayout(self.model)
+        self.frame = FRAMES[config.joint_frame]
+        self.limits_rad = self.layout.limits_rad
+        self.term_names = REWARD_TERMS[config.reward_mode]
+        self.control_period_s = self.model.opt.timestep * config.steps_per_action
+
+    def reset(self, data: mujoco.MjData, rng: np.random.Generator, options: Mapping[str, Any] | None = None) -> None:
+        """Writes the start of an episode into `data`, drawing from `rng` what the configuration randomises.
+
+        Args:
+            options: `block_pos` (3,) m and `block_yaw_rad` override the draw, for evaluations on a grid.
+
+        Raises:
+            ValueError: an unknown option, or a start that already counts as a success.
+        """
+        position, yaw = draw_block(self.config, rng)
+        options = dict(options or {})
+        position = tuple(options.pop("block_pos", position))
+        yaw = float(options.pop("block_yaw_rad", yaw))
+        if options or len(position) != 3:
+            raise ValueError(f"reset takes block_pos (3 numbers) and block_yaw_rad; got {position}, {sorted(options)}")
+        start = clip_to_limits(np.deg2rad(draw_start_deg(self.config, rng)), self.limits_rad)[0]
+        mujoco.mj_resetData(self.model, data)
+        data.qpos[self.layout.joint_qpos] = start
+        data.qpos[self.layout.block_qpos] = (*position, math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
+        data.ctrl[self.layout.actuators] = start
+        mujoco.mj_forward(self.model, data)
+        if self.is_success(self.layout.row(data)):
+            raise ValueError(f"block_pos {position} starts above lift_threshold {self.config.lift_threshold}: lower it")
+
+    def control(self, actions: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+        """Actions (..., 6) in the frame's units -> MuJoCo controls (..., nu), and clipped joints per target (...).
+
+        Raises:
+            ValueError: wrong shape, NaN or infinity.
+        """
+        values = np.asarray(actions, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("actions contain NaN or infinity: the policy has diverged, or its normalisation is wrong")
+        targets_rad, clipped = clip_to_limits(self.frame.to_rad(values), self.limits_rad)
+        control = np.zeros((*targets_rad.shape[:-1], self.model.nu))
+        control[..., self.layout.actuators] = targets_rad
+        return control, clipped
+
+    def score(self, before: Array, rows: Array, steps: NDArray[np.int64], clipped: NDArray[np.int64]) -> ChunkScore:
+        """Rewards and the end of the episode, from the recorded rows of one chunk.
+
+        Args:
+            before: (N, R) rows before the chunk.
+            rows: (N, n, R) rows after each control step; those after an episode's end are ignored.
+            steps: (N,) control steps of the episode before the chunk.
+            clipped: (N, n) from `control`.
+        """
+        config = self.config
+        previous = np.concatenate([before[:, None], rows[:, :-1]], axis=1)
+        state = self.layout.scene_state(rows)
+        success = is_success(state, config.lift_threshold)
+        used = steps[:, None] + np.arange(1, rows.shape[1] + 1)  # (N, n) control steps of the episode after each one
+        ended_before = np.logical_or.accumulate(success, axis=1)[:, :-1]
+        active = used <= config.max_steps_per_episode
+        active[:, 1:] &= ~ended_before
+        terminated = np.asarray((success & active).any(axis=1))
+        timed_out = np.asarray((active & (used == config.max_steps_per_episode)).any(axis=1))
+        terms = {
+            name: np.where(active, values, 0.0)
+            for name, values in compute_reward(self.layout.scene_state(previous), state, config.reward).items()
+        }
+        return ChunkScore(
+            rewards=sum(terms.values(), np.zeros(active.shape)),
+            terms=terms,
+            active=active,
+            terminated=terminated,
+            truncated=timed_out & ~terminated,
+            lengths=active.sum(axis=1),
+            heights=state.block_pos[..., 2],
+            clipped=clipped,
+            environment_states=self._environment_states(rows, used, active) if config.environment_state else None,
+        )
+
+    def _environment_states(
+        self, rows: Array, used: NDArray[np.int64], active: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        states = self.environment_state(rows, used)
+        return np.where(active[..., None], states, np.float32(0.0))
+
+    def is_success(self, row: Array) -> bool:
+        """Whether the instant `row` (R,) counts as success."""
+        return bool(is_success(self.layout.scene_state(row), self.config.lift_threshold))
+
+    def block_height(self, row: Array) -> float:
+        """Height of the block's centre at the instant `row` (R,), metres."""
+        return float(self.layout.scene_state(row).block_pos[2])
+
+    def agent_pos(self, rows: Array) -> NDArray[np.float32]:
+        """Rows (..., R) -> joint positions (..., 6) in the frame's units."""
+        return self.frame.from_rad(self.layout.joint_pos_rad(rows)).astype(np.float32)
+
+    def environment_state(self, rows: Array, steps: ArrayLike) -> NDArray[np.float32]:
+        """Rows (..., R) after `steps` (...) control steps of the episode -> privileged state (..., S)."""
+        progress = np.asarray(steps) / self.config.max_steps_per_episode
+        return environment_state(self.layout.scene_state(rows), progress)
+
+    def make_renderer(self) -> SceneRenderer:
+        """A renderer of the configured cameras and size. Raises RenderError when OpenGL cannot start."""
+        return SceneRenderer(self.model, tuple(self.config.cameras), self.config.image_size)
+
+    def make_parallel_renderer(self, num_threads: int) -> SceneRenderer | ParallelRenderer:
+        """The same in `num_threads` threads, where OpenGL may be used outside of the main one."""
+        if num_threads == 1 or gl_backend() not in ("egl", "osmesa"):
+            return self.make_renderer()
+        return ParallelRenderer(self.model, tuple(self.config.cameras), self.config.image_size, num_threads)
+
+    def integration_state(self, data: mujoco.MjData) -> Array:
+        """All that the next substep depends on, warm start included: (mj_stateSize,)."""
+        state = np.empty(mujoco.mj_stateSize(self.model, INTEGRATION_STATE))
+        mujoco.mj_getState(self.model, data, state, INTEGRATION_STATE)
+        return state
+
+
+class UnstableSimulationError(UserError, RuntimeError):
+    """MuJoCo warned (bad numbers, full buffers): what it computed cannot be trusted."""
+
+    def __init__(self, env: int, seed: int | None, length: int) -> None:
+        super().__init__(
+            f"the simulation of environment {env} (seed {seed}) became unstable around control step {length}. "
+            "Check masses, gains and timestep of the model; the shipped scene should never do this"
+        )

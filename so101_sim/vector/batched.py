@@ -1,0 +1,102 @@
+"""All environments in one `mujoco.batch.Batch`: the form of many environments in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mujoco
+import numpy as np
+from mujoco.batch import Batch
+from numpy.typing import NDArray
+
+from so101_mujoco_utils import Array
+from so101_sim.config import EnvConfig
+from so101_sim.episode import ChunkScore, EpisodeLog
+from so101_sim.scene import INTEGRATION_STATE, UnstableSimulationError
+from so101_sim.vector.base import InProcessVectorEnv
+
+MAX_RENDER_THREADS = 8
+
+
+class BatchedVectorEnv(InProcessVectorEnv):
+    """All environments in one `mujoco.batch.Batch`: a chunk is one call, spread over threads.
+
+    Args:
+        num_threads: of physics and rendering; None uses every core, but no more than there are environments.
+    """
+
+    def __init__(
+        self, config: EnvConfig, num_envs: int, autoreset: bool = True, num_threads: int | None = None
+    ) -> None:
+        super().__init__(config, num_envs, autoreset)
+        num_threads = num_threads or min(num_envs, os.cpu_count() or 1)
+        self._batch = Batch(self.scene.model, num_envs, nthread=num_threads)
+        self._data = mujoco.MjData(self.scene.model)
+        self._integration = np.zeros((num_envs, mujoco.mj_stateSize(self.scene.model, INTEGRATION_STATE)))
+        self._rows = np.zeros((num_envs, self.scene.layout.row_size))
+        self._logs = [EpisodeLog() for _ in range(num_envs)]
+        if config.render_images:
+            self._renderer = self.scene.make_parallel_renderer(min(num_threads, MAX_RENDER_THREADS))
+
+    def _reset_simulation(self, env: int, rng: np.random.Generator, seed: int | None) -> None:
+        self.scene.reset(self._data, rng)
+        self._integration[env] = self.scene.integration_state(self._data)
+        self._rows[env] = self.scene.layout.row(self._data)
+        self._logs[env].begin_after(seed, self.scene.block_height(self._rows[env]))
+
+    def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self._rows[list(envs)]
+        seen: dict[str, Sequence[Any] | NDArray[Any]] = {"agent_pos": self.scene.agent_pos(rows)}
+        if self._renderer is not None:
+            seen["pixels"] = self._renderer.render_all(rows[:, : self.scene.model.nq])
+        if self.config.environment_state:
+            seen["environment_state"] = self.scene.environment_state(rows, [self._logs[env].length for env in envs])
+        return [dict(zip(seen, values, strict=True)) for values in zip(*seen.values(), strict=True)]
+
+    def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
+        if not len(live):
+            return []
+        control, clipped = self.scene.control(actions)
+        rows, integration = self._rollout(control, live)
+        steps = np.array([self._logs[env].length for env in live])
+        score = self.scene.score(self._rows[live], rows, steps, clipped)
+        order, last = np.arange(len(live)), score.lengths - 1
+        time_before = self._integration[live, 0]
+        self._rows[live], self._integration[live] = rows[order, last], integration[order, last]
+        # The batch stops a simulation that warns, and its clock with it.
+        expected = time_before + score.lengths * self.scene.control_period_s
+        stuck = np.abs(self._integration[live, 0] - expected) > 0.5 * self.scene.model.opt.timestep
+        for row, env in enumerate(live.tolist()):
+            if stuck[row]:
+                raise UnstableSimulationError(env, self._logs[env].seed, self._logs[env].length)
+            self._logs[env].record(score, row)
+        return [score]
+
+    def _rollout(self, control: Array, live: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Controls (L, n, nu) -> rows (L, n, R) and integration states (L, n, states) after each control step."""
+        substeps = self.config.steps_per_action
+        self._batch.state[live] = self._integration[live]
+        recorded = self._batch.rollout(
+            control.shape[1] * substeps,
+            np.repeat(control, substeps, axis=1),
+            record=("qpos", "qvel", "sensordata", int(INTEGRATION_STATE)),
+            ids=live,
+        )
+        at = slice(substeps - 1, None, substeps)
+        rows = np.concatenate([recorded[name][:, at] for name in ("qpos", "qvel", "sensordata")], axis=-1)
+        return rows, recorded[int(INTEGRATION_STATE)][:, at]
+
+    def _log(self, env: int) -> EpisodeLog:
+        return self._logs[env]
+
+    def _simulation_state(self) -> dict[str, Any]:
+        return {"integration": self._integration.copy(), "rows": self._rows.copy()}
+
+    def _set_simulation_state(self, state: Mapping[str, Any]) -> None:
+        integration = np.array(state["integration"], dtype=np.float64)
+        if integration.shape != self._integration.shape:
+            raise ValueError(f"state is {integration.shape}, this scene's {self._integration.shape}: another model?")
+        self._integration[:], self._rows[:] = integration, state["rows"]
+        self._logs = [EpisodeLog.restored(episode) for episode in state["episodes"]]

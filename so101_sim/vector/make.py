@@ -1,0 +1,46 @@
+"""Choose a vector form."""
+
+from __future__ import annotations
+
+from so101_sim.config import EnvConfig
+from so101_sim.vector.base import SO101VectorEnv
+from so101_sim.vector.batched import BatchedVectorEnv
+from so101_sim.vector.sequential import SequentialVectorEnv
+from so101_sim.vector.subproc import SubprocVectorEnv
+
+BACKENDS = ("auto", "sequential", "subproc", "batched")
+
+
+def make_vector_env(
+    config: EnvConfig,
+    num_envs: int,
+    backend: str = "auto",
+    autoreset: bool = True,
+    num_threads: int | None = None,
+    viewer: bool = False,
+) -> SO101VectorEnv:
+    """N environments of one configuration.
+
+    Args:
+        backend: "sequential", "subproc", "batched", or "auto": sequential for one environment, batched for more.
+        autoreset: start the next episode, drawn from the environment's own generator, when one ends. Off: an ended
+            environment is neither simulated nor rendered until `reset`.
+        viewer: show the first environment of the sequential form in MuJoCo's window.
+        num_threads: threads of the batched form, worker processes of the subproc form; None is one per core.
+
+    Raises:
+        ValueError: unknown backend, num_envs below 1.
+        RenderError: images or a viewer are asked for and cannot be had.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "auto":
+        backend = "sequential" if num_envs == 1 else "batched"
+    if backend == "sequential":
+        sequential = SequentialVectorEnv(config, num_envs, autoreset)
+        if viewer:
+            sequential.open_viewer()
+        return sequential
+    if backend == "batched":
+        return BatchedVectorEnv(config, num_envs, autoreset, num_threads)
+    return SubprocVectorEnv(config, num_envs, autoreset, num_threads)

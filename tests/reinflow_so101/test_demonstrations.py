@@ -1,0 +1,80 @@
+"""Demonstrations: a dataset that LeRobot reads, honest labels, refusal to overwrite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reinflow_so101.stages import demonstrations
+from so101_mujoco_utils import FRAMES
+from so101_sim.expert import ScriptedExpert
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> demonstrations.DemoConfig:
+    return demonstrations.DemoConfig(root=tmp_path_factory.mktemp("demos") / "dataset", episodes=2)
+
+
+@pytest.fixture(scope="module")
+def counts(config: demonstrations.DemoConfig) -> tuple[int, int]:
+    return demonstrations.record(config)
+
+
+def test_dataset_is_readable_by_lerobot(config: demonstrations.DemoConfig, counts: tuple[int, int]) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    kept, tried = counts
+    assert kept == 2 <= tried
+    dataset = LeRobotDataset(config.repo_id, root=config.root, video_backend="pyav")
+    assert (dataset.num_episodes, len(dataset), dataset.fps) == (2, 300, 50)
+    assert dataset.features["action"]["names"][0] == "shoulder_pan.pos"
+    frame = dataset[0]
+    assert frame["task"] == "pick up the block"
+    assert frame["observation.images.camera_up"].shape == (3, 96, 96)
+    assert abs(float(frame["observation.state"][4]) + 84.04) < 3  # LeRobot degrees, start noise included
+    assert {"mean", "std", "q01", "q99"} <= dataset.meta.stats["action"].keys()
+
+
+def test_refuses_to_overwrite(config: demonstrations.DemoConfig, counts: tuple[int, int]) -> None:
+    with pytest.raises(demonstrations.DemoError, match="exists"):
+        demonstrations.record(config)
+
+
+def test_actions_are_the_undisturbed_plan_and_recovery_is_seen(tmp_path: Path) -> None:
+    config = demonstrations.DemoConfig(root=tmp_path)
+    env = demonstrations.make_env(config)
+    expert = ScriptedExpert(env.model)
+    frames, lifted = demonstrations.record_episode(env, expert, 1_000_000, config.disturbance_deg)
+    calm, calm_lifted = demonstrations.record_episode(env, expert, 1_000_000, (0.0, 0.0, 0.0))
+    env.close()
+    assert lifted
+    assert calm_lifted
+    assert len(frames) == len(calm) == 150
+    action, calm_action = (np.array([f["action"] for f in episode]) for episode in (frames, calm))
+    assert np.array_equal(action[:50], calm_action[:50])  # planned from the same start: the disturbance is not in it
+    state, calm_state = (np.array([f["agent_pos"] for f in episode]) for episode in (frames, calm))
+    assert np.abs(state[50] - calm_state[50])[:5].max() > 0.3  # degrees: the second decision starts elsewhere
+    assert np.abs(FRAMES["lerobot"].to_rad(action)).max() < np.pi
+
+
+def test_disturbance_is_smooth_bounded_and_spares_the_gripper() -> None:
+    motion = np.rad2deg(demonstrations.smooth_disturbance(np.random.default_rng(0), 50, 4.0))
+    assert motion.shape == (50, 6)
+    assert 0 < np.abs(motion).max() <= 4.0
+    assert np.abs(np.diff(motion, axis=0)).max() < 1.0
+    assert not motion[:, 5].any()
+
+
+def test_bad_configurations() -> None:
+    with pytest.raises(ValueError, match="episodes"):
+        demonstrations.DemoConfig(root=Path("x"), episodes=0)
+    with pytest.raises(ValueError, match="disturbance_deg"):
+        demonstrations.DemoConfig(root=Path("x"), disturbance_deg=(1.0,))
+
+
+def test_gives_up_when_the_expert_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstrations, "record_episode", lambda *_: ([], False))
+    with pytest.raises(demonstrations.DemoError, match="only 0 of 20"):
+        demonstrations.record(demonstrations.DemoConfig(root=tmp_path / "d", episodes=1))

@@ -1,0 +1,63 @@
+"""reinflow-eval on policies that are not ours, and its refusals."""
+
+import json
+
+import pytest
+
+from reinflow import ConfigError
+from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
+from reinflow_so101.policy_card import stored_env
+
+
+@pytest.fixture(scope="module")
+def act_policy(tmp_path_factory):
+    """A small stock ACT policy with our cameras and joints, written by LeRobot itself."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from reinflow_so101.stages.build_smolvla import identity_stats
+
+    directory = tmp_path_factory.mktemp("act")
+    config = ACTConfig(
+        input_features={
+            "observation.state": PolicyFeature(FeatureType.STATE, (6,)),
+            "observation.images.camera_up": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
+        device="cpu", chunk_size=50, n_action_steps=50, dim_model=32, n_heads=2, dim_feedforward=32,
+        n_encoder_layers=1, n_decoder_layers=1, n_vae_encoder_layers=1, pretrained_backbone_weights=None,
+    )  # fmt: skip
+    policy = ACTPolicy(config)
+    stats = identity_stats() | {"observation.images.camera_up": {"mean": [[[0.5]]] * 3, "std": [[[0.5]]] * 3}}
+    before, after = make_pre_post_processors(config, dataset_stats=stats)
+    policy.save_pretrained(directory)
+    before.save_pretrained(directory)
+    after.save_pretrained(directory)
+    return directory
+
+
+def test_any_stock_policy_with_matching_features(act_policy, tmp_path):
+    env = stored_env(act_policy)
+    assert env.cameras == ("camera_up",) and env.image_size == 64
+    config = EvalConfig(policy_path=str(act_policy), output_dir=str(tmp_path / "e"), episodes=2, env=env)
+    result = run_eval(config)
+    assert [e.seed for e in result.episodes] == [10_000, 10_001]
+    assert "pc_success" in json.loads((tmp_path / "e/eval_info.json").read_text())["overall"]
+    with pytest.raises(ConfigError, match="output_dir"):
+        run_eval(config)
+
+
+def test_flags_change_the_environment_that_the_policy_brings(act_policy, tmp_path):
+    config = parse_args(
+        ["--policy-path", str(act_policy), "--output-dir", str(tmp_path), "--env.randomize-block", "--episodes", "7"]
+    )
+    assert config.env.randomize_block and config.env.image_size == 64 and config.episodes == 7
+
+
+def test_what_is_no_policy_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        find_policy(str(tmp_path))
+    with pytest.raises(ConfigError, match="episodes"):
+        run_eval(EvalConfig(policy_path="x", output_dir=str(tmp_path), episodes=0))

@@ -1,0 +1,131 @@
+"""Supervised fine-tuning in memory: batches, frozen vision, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from reinflow_so101.stages import demonstrations, sft_smolvla
+from reinflow_so101.stages.build_smolvla import TinyConfig, build_policy
+from reinflow_vla.directory import PolicyDirectoryError
+from reinflow_vla.smolvla_directory import load_smolvla
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny policy and a dataset of two episodes."""
+    base = tmp_path_factory.mktemp("sft")
+    small = {"vision_hidden_size": 32, "vision_layers": 1, "text_hidden_size": 48, "text_layers": 2}
+    build_policy(TinyConfig(output_dir=base / "policy", **small))
+    demonstrations.record(demonstrations.DemoConfig(root=base / "demos", episodes=2))
+    return base / "policy", base / "demos"
+
+
+@pytest.mark.parametrize(("train_vision", "train_prefix"), [(False, False), (False, True), (True, False)])
+def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: bool, train_prefix: bool) -> None:
+    config = sft_smolvla.SftConfig(
+        policy_dir=start[0],
+        dataset_root=start[1],
+        output_dir=tmp_path / "out",
+        held_out=1,
+        steps=3,
+        batch_size=4,
+        save_every=2,
+        eval_episodes=0 if train_vision else 2,
+        num_steps=(1,),
+        train_vision=train_vision,
+        train_prefix=train_prefix,
+    )
+    record = sft_smolvla.finetune(config)
+    assert np.isfinite(record["loss"])
+    assert record["action_error"].keys() == {"t0", "t50", "t100"}
+    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3]
+    checkpoint = config.output_dir / "checkpoints" / "000003"
+    after = load_smolvla(checkpoint)[0]
+    before = load_smolvla(start[0])[0].state_dict()
+    changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before[key])}
+    assert any("lm_expert" in key for key in changed)
+    assert any("vision_model" in key for key in changed) == train_vision
+    assert any("text_model" in key for key in changed) == train_prefix
+    assert any("state_proj" in key for key in changed) == train_prefix
+    assert json.loads((checkpoint / "reinflow.json").read_text())["env"]["randomize_block"] is True
+    with pytest.raises(PolicyDirectoryError, match="exists"):
+        sft_smolvla.finetune(config)
+
+
+def test_cached_image_tokens_give_the_same_loss(start: tuple[Path, Path]) -> None:
+    data = sft_smolvla.read_demonstrations(start[1], "local/so101_pick", jitter=6)
+    policy, preprocessor, _ = load_smolvla(start[0])
+    frames = np.array([0, 1, 1]), np.array([0, 52, 100])
+    noise, flow_time = torch.randn(3, 50, 32), torch.full((3,), 0.5)
+    losses = []
+    for cache in (False, True):
+        batches = sft_smolvla.TrainingBatches(data, policy, preprocessor, cache)
+        with torch.no_grad(), batches.vision(policy, *frames):
+            losses.append(float(policy.forward(batches.batch(*frames), noise=noise, time=flow_time)[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "embed_image" not in vars(policy.model.vlm_with_expert)
+
+
+def test_batches_favour_decisions_and_mask_the_end(start: tuple[Path, Path]) -> None:
+    data = sft_smolvla.read_demonstrations(start[1], "local/so101_pick", jitter=6)
+    config = sft_smolvla.SftConfig(Path(), Path(), Path(), batch_size=2000)
+    episode, frame = sft_smolvla.draw_frames(np.random.default_rng(0), config, data, episodes=2)
+    assert set(episode) == {0, 1}
+    assert (data.kept[episode, frame] >= 0).all()
+    near = np.abs(frame[:, None] - np.array([0, 50, 100])).min(axis=1) <= 6
+    assert 0.75 < near.mean() < 0.9
+    action = torch.arange(10.0).reshape(1, 10, 1).expand(1, 10, 6)
+    chunk, beyond = sft_smolvla.chunk_at(action, torch.tensor([0]), torch.tensor([7]), 5)
+    assert chunk[0, :, 0].tolist() == [7, 8, 9, 9, 9]
+    assert beyond.tolist() == [[False, False, False, True, True]]
+
+
+class RecordingPolicy(torch.nn.Module):
+    """Stands in for a SmolVLAPolicy in `batch_loss`; keeps the flow times of the last forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.model = SimpleNamespace(sample_time=lambda size, device: torch.full((size,), 0.25, device=device))
+        self.flow_time = torch.empty(0)
+
+    def forward(self, batch: dict[str, torch.Tensor], time: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        self.flow_time = time
+        return self.weight * time.mean(), {}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_one_step_share_puts_that_part_of_a_batch_at_pure_noise(share: float) -> None:
+    torch.manual_seed(0)
+    policy = RecordingPolicy()
+    batches = SimpleNamespace(vision=lambda *_: nullcontext(), batch=lambda *_: {}, state=torch.zeros(1))
+    frames = np.zeros(400, dtype=np.int64), np.zeros(400, dtype=np.int64)
+    loss, _ = sft_smolvla.batch_loss(policy, batches, frames, share)
+    assert set(policy.flow_time.tolist()) <= {0.25, 1.0}
+    assert float((policy.flow_time == 1.0).float().mean()) == pytest.approx(share, abs=0.1)
+    loss.backward()
+    assert (
+        float(policy.weight.grad) == pytest.approx(float(loss.detach())) == pytest.approx(0.25 + 0.75 * share, abs=0.08)
+    )
+
+
+def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(sft_smolvla.SftError, match="reinflow-demos"):
+        sft_smolvla.read_demonstrations(tmp_path, "local/none", 6)
+    config = sft_smolvla.SftConfig(start[0], start[1], tmp_path / "out", held_out=2)
+    with pytest.raises(sft_smolvla.SftError, match="held_out"):
+        sft_smolvla.finetune(config)
+    with pytest.raises(ValueError, match="decision_share"):
+        sft_smolvla.SftConfig(Path(), Path(), Path(), decision_share=2.0)
+    with pytest.raises(ValueError, match="one_step_share"):
+        sft_smolvla.SftConfig(Path(), Path(), Path(), one_step_share=-0.1)
+    with pytest.raises(ValueError, match="num_steps"):
+        sft_smolvla.SftConfig(Path(), Path(), Path(), num_steps=())
