@@ -436,7 +436,7 @@ def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
     run.policy.set_noise_bounds(sigma_min, sigma_max)
     buffer, info, run.current = collect_rollout(
         run.policy, run.env, run.current, config.chunk_steps_per_rollout,
-        config.chain(), config.rollout(), run.learner.normalizer, run.generator,
+        config.chain(), config.rollout(), run.learner.normalizer, run.seeds,
     )  # fmt: skip
     run.episodes += len(info.episodes)
     run.metrics |= info.metrics() | {"noise/sigma_min": sigma_min, "noise/sigma_max": sigma_max}
@@ -481,8 +481,8 @@ def play(policy: FlowPolicy, config: TrainingConfig, first_seed: int, episodes: 
     from reinflow.rollout import noise_free_actor
     from so101_sim.vector.make import make_vector_env
 
-    act = noise_free_actor(policy, config.chain(), first_seed)
-    make_env = partial(make_vector_env, config.env(), autoreset=False)
+    act = noise_free_actor(policy, config.chain())
+    make_env = partial(make_vector_env, config.env())
     return evaluate_seeds(act, make_env, first_seed, episodes, config.num_parallel_envs)
 
 
@@ -503,7 +503,7 @@ def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
             config, changes = auto_scale(config)
             print(changes)
     config, run = make_run(config, run_dir)
-    return config, run.resume() if config.resume else run.start(training_seeds(config))
+    return config, run.resume() if config.resume else run.start()
 
 
 def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run]:
@@ -541,13 +541,6 @@ def make_policy(config: TrainingConfig, device: str = "cpu") -> FlowPolicy:
     from reinflow_so101.policies import build_policy
 
     return build_policy(config.policy(), config.env(), config.decisions_per_iteration, device)
-
-
-def training_seeds(config: TrainingConfig) -> list[int]:
-    """First seed of every environment, all below the tuning seeds; later episodes go on from its generator."""
-    import numpy as np
-
-    return np.random.default_rng(config.seed).choice(config.eval_seed, config.num_parallel_envs, replace=False).tolist()
 
 
 def saved_config(run_dir: Path) -> TrainingConfig:

@@ -183,9 +183,9 @@ def print_bar(what: str, value: float, limit: float, at_least: bool = True) -> N
 def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
     """Policy, environments and learner of `config`, standing at the first observations: `train_reinflow.rollout` and
     `run.learner.update(buffer)` then do what a training does. Close `run.env` afterwards."""
-    from reinflow.rollout import EncodedObservation
-    from train_reinflow import make_run, training_seeds
+    from reinflow.rollout import RolloutState
+    from train_reinflow import make_run
 
     config, run = make_run(config, Path("unused"))  # nothing is written unless the run is started or asked to save
-    run.current = EncodedObservation.of(run.policy, run.env.reset(training_seeds(config)))
+    run.current = RolloutState.start(run.policy, run.env, run.seeds)
     return config, run

@@ -39,7 +39,8 @@ def one_step_kl(n: int, sigma: float, lr: float, seed: int, context) -> float:
     policy, spec = make_policy(config, "cpu"), ChainSpec(1, "chunk")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(context["features"]), n, policy.padded_action_dim, generator=generator)
-    sample = sample_chain(policy, context, spec, noise, generator)
+    eps = torch.randn(len(noise), *spec.noise_shape(n, policy.action_dim), generator=generator)
+    sample = sample_chain(policy, context, spec, noise, eps)
     time = torch.ones(len(noise))
     with torch.no_grad():
         before = transition(policy, context, noise, time, spec).mean

@@ -31,11 +31,11 @@ import torch
 from _common import Row, make_parser, open_run, report
 
 import train_reinflow
-from reinflow.rollout import EncodedObservation
+from reinflow.rollout import RolloutState
 from reinflow_smolvla import ReinFlowSmolVLA
 from reinflow_vla.base import OBS_IMAGES_PREFIX
 from so101_mujoco_utils import CAMERA_NAMES
-from train_reinflow import PRESETS, TrainingConfig, evaluate, rollout, training_seeds, update
+from train_reinflow import PRESETS, TrainingConfig, evaluate, rollout, update
 
 MINIBATCHES = (8, 32, 96, 192)
 DECISIONS = 192
@@ -85,7 +85,7 @@ def buffer_row(cameras: int, num_envs: int) -> Row:
         image = next(iter(vla_config.image_features.values()))
         others = {k: v for k, v in vla_config.input_features.items() if not k.startswith(OBS_IMAGES_PREFIX)}
         vla_config.input_features = {OBS_IMAGES_PREFIX + name: image for name in CAMERA_NAMES[:cameras]} | others
-        run.current = EncodedObservation.of(run.policy, run.env.reset(training_seeds(config)))
+        run.current = RolloutState.start(run.policy, run.env, run.seeds)
         buffer = rollout(run, config)
     finally:
         run.env.close()

@@ -89,7 +89,8 @@ def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows
     batch = {k: v.expand(rows, *v.shape[1:]).contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
     context = policy.to_buffer(policy.encode(batch))
     noise = torch.zeros(rows, policy.n_action_steps, policy.padded_action_dim)
-    chain = sample_chain(policy, context, spec, noise, torch.Generator().manual_seed(0)).chain
+    shape = spec.noise_shape(policy.n_action_steps, policy.action_dim)
+    chain = sample_chain(policy, context, spec, noise, torch.randn(rows, *shape)).chain
 
     def encode() -> Any:
         return policy.encode({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})

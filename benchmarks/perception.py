@@ -31,7 +31,7 @@ def scenes(config: TrainingConfig, count: int) -> tuple[Tensor, Tensor]:
     """Prefix features (M, F) and block positions (M, 2) in metres of `count` starts, seeds 0, 1, ..."""
     policy = make_policy(config, "cpu")
     features, places, layout = [], [], PickScene(config.env()).layout
-    with make_vector_env(config.env(), BATCH, autoreset=False) as env, torch.no_grad():
+    with make_vector_env(config.env(), BATCH) as env, torch.no_grad():
         for first in range(0, count, BATCH):
             observation = env.reset(range(first, first + BATCH))
             features.append(policy.encode(policy.preprocess(observation))["features"])

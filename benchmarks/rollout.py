@@ -34,10 +34,10 @@ from physics import Work, batch_alone
 from reinflow.env import ChunkResult, ChunkVectorEnv, Observation
 from reinflow.policy import FlowPolicy
 from reinflow.ppo import ReturnNormalizer
-from reinflow.rollout import EncodedObservation, collect_rollout
+from reinflow.rollout import RolloutState, collect_rollout
 from so101_sim.scene import PickScene
 from so101_sim.vector.make import make_vector_env
-from train_reinflow import PRESETS, TrainingConfig, make_policy, training_seeds
+from train_reinflow import PRESETS, TrainingConfig, make_policy
 
 FORMS = ("sequential", "subproc", "batched")
 PARTS = ("physics", "rendering", "policy", "Python")
@@ -50,17 +50,17 @@ class Recorder(ChunkVectorEnv):
 
     def __init__(self, env: ChunkVectorEnv) -> None:
         self.env, self.num_envs = env, env.num_envs
-        self.actions: list[np.ndarray] = []
+        self.actions: list[tuple[np.ndarray, Sequence[int] | None]] = []
         self.results: list[ChunkResult] = []
 
     def reset(self, seeds: Sequence[int]) -> Observation:
         """Of the environment."""
         return self.env.reset(seeds)
 
-    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+    def step_chunk(self, actions: np.ndarray, next_seeds: Sequence[int] | None = None) -> ChunkResult:
         """Of the environment."""
-        self.actions.append(actions)
-        self.results.append(self.env.step_chunk(actions))
+        self.actions.append((actions, next_seeds))
+        self.results.append(self.env.step_chunk(actions, next_seeds))
         return self.results[-1]
 
     def get_state(self) -> dict[str, Any]:
@@ -101,9 +101,9 @@ class Bench:
         self.env = make_vector_env(visual, self.num_envs, form)
         self.replay = make_vector_env(self.blind, self.num_envs, form)
         self.threads = 1 if form == "sequential" else min(self.num_envs, os.cpu_count() or 1)
-        self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.current = EncodedObservation.of(policy, self.env.reset(training_seeds(config)))
-        self.replay.reset(training_seeds(config))
+        self.seeds = config.run().training_seeds
+        self.current = RolloutState.start(policy, self.env, self.seeds)
+        self.replay.reset(self.seeds.of(self.current.episodes))
         self.rounds: list[Row] = []
 
     def play(self) -> None:
@@ -112,7 +112,7 @@ class Bench:
         before = dict(self.watch.seconds)
         _, info, self.current = collect_rollout(
             self.policy, recorder, self.current, self.config.chunks_per_episode, self.config.chain(),
-            self.config.rollout(), ReturnNormalizer(), self.generator,
+            self.config.rollout(), ReturnNormalizer(), self.seeds,
         )  # fmt: skip
         blind, work = self._play_again(recorder)
         scene = PickScene(self.blind)
@@ -136,14 +136,14 @@ class Bench:
             RuntimeError: they did not go as before.
         """
         seconds, states = 0.0, []
-        for actions, result in zip(recorder.actions, recorder.results, strict=True):
+        for (actions, next_seeds), result in zip(recorder.actions, recorder.results, strict=True):
             states.append(self.replay.get_state())
             start = time.perf_counter()
-            again = self.replay.step_chunk(actions)
+            again = self.replay.step_chunk(actions, next_seeds)
             seconds += time.perf_counter() - start
             if not np.array_equal(again.rewards, result.rewards):
                 raise RuntimeError("the same actions earned other rewards without images: forms or seeds differ")
-        return seconds, Work(states, recorder.actions)
+        return seconds, Work(states, [actions for actions, _ in recorder.actions])
 
     def medians(self, names: Sequence[str]) -> Row:
         """Medians over the rounds after the first, which warms up."""

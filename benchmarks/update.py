@@ -91,9 +91,10 @@ def observe(policy: ReinFlowSmolVLA, decisions: int, image_size: int) -> Observa
 def roll_out(policy: ReinFlowSmolVLA, variant: Variant, context: Context) -> Rollout:
     """Decide once on every row of a context that holds everything."""
     configure(policy, variant)
-    rows = len(context["pad"])
-    noise = torch.randn(rows, variant.tokens, policy.padded_action_dim, device=context["pad"].device)
-    return Rollout(policy.to_buffer(context), sample_chain(policy, context, spec(variant), noise).chain)
+    rows, device, chain_spec = len(context["pad"]), context["pad"].device, spec(variant)
+    x_0 = torch.randn(rows, variant.tokens, policy.padded_action_dim, device=device)
+    eps = torch.randn(rows, *chain_spec.noise_shape(variant.tokens, policy.action_dim), device=device)
+    return Rollout(policy.to_buffer(context), sample_chain(policy, context, chain_spec, x_0, eps).chain)
 
 
 def spec(variant: Variant) -> ChainSpec:

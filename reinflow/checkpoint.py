@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reinflow.training_state import ARRAYS, CheckpointError, check_keys, pack_tree, unpack_tree
 
-FORMAT = 1
+FORMAT = 2  # 1 kept generators where 2 keeps which episodes are being played
 CHECKPOINTS, PRETRAINED, TRAINING = "checkpoints", "pretrained_model", "training_state"
 LAST, BEST = "last", "best"
 _STATE_FILE = "state.json"

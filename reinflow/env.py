@@ -39,7 +39,7 @@ class EpisodeStats:
     """One finished episode."""
 
     env: int  # its row
-    seed: int
+    seed: int  # names the episode: `reset` with it starts the same one again
     return_: float  # undiscounted
     length: int  # control steps
     success: bool
@@ -51,8 +51,8 @@ class EpisodeStats:
 class ChunkResult:
     """One chunk of n control steps in N environments.
 
-    The observation is the one to decide on next: an environment whose episode ended shows its next episode if it
-    restarts, and its last instant otherwise.
+    The observation is the one to decide on next: an environment whose episode ended shows its next episode if it was
+    given a seed for one, and its last instant otherwise.
     """
 
     observation: Observation
@@ -76,11 +76,20 @@ class ChunkVectorEnv(ABC):
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Observation:
-        """Start the episode of its seed in every environment. Raises ValueError unless there is one seed for each."""
+        """Start the episode of its seed in every environment; it depends on nothing but the seed.
+
+        Raises:
+            ValueError: not one seed for each.
+        """
 
     @abstractmethod
-    def step_chunk(self, actions: NDArray[Any]) -> ChunkResult:
+    def step_chunk(self, actions: NDArray[Any], next_seeds: Sequence[int] | None = None) -> ChunkResult:
         """Execute actions (N, n, A), one control step each.
+
+        Args:
+            actions: of every environment; those of ended ones are ignored.
+            next_seeds: N seeds; where an episode ends in this chunk, the one with this seed starts at once. None: an
+                ended environment stays as it is until ``reset``.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.

@@ -5,6 +5,7 @@ Knows neither policy nor simulator: ``act`` turns observations into action chunk
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -22,7 +23,8 @@ from rich.table import Table
 from reinflow import UserError
 from reinflow.env import ChunkVectorEnv, EpisodeStats, Extra, Observation
 
-Act = Callable[[Observation], np.ndarray]
+Act = Callable[[Observation, Sequence[int], int], np.ndarray]
+"""Observation, the episodes' seeds (N,) and how many decisions they have made -> actions (N, n, A), deterministic."""
 FrameHook = Callable[[Sequence[int], Observation], None]
 CONFIDENCE = 0.95
 
@@ -206,8 +208,8 @@ def evaluate(
     """Play one episode per seed.
 
     Args:
-        act: observation -> actions (N, n, A), deterministic.
-        vector_env: N environments with autoreset=False.
+        act: decides; see Act.
+        vector_env: N environments.
         seeds: one per episode, any number of them; a last batch that is not full is padded with its own first
             seed, and the padding's episodes are dropped.
         frame_hook: called with the batch's seeds and the observation after every reset and every executed piece
@@ -217,7 +219,7 @@ def evaluate(
 
     Raises:
         ValueError: no seeds.
-        EvaluationError: an environment resets by itself, reports a foreign episode, or never ends one.
+        EvaluationError: an environment restarts by itself, reports a foreign episode, or never ends one.
     """
     if not seeds:
         raise ValueError("evaluation needs at least one seed")
@@ -240,13 +242,13 @@ def _play_batch(
     observation = vector_env.reset(padded)
     if frame_hook:
         frame_hook(seeds, observation)
-    while pending:
-        for piece in _pieces(act(observation), frame_interval):
+    for decision in itertools.count():
+        for piece in _pieces(act(observation, padded, decision), frame_interval):
             result = vector_env.step_chunk(piece)
             if not result.active[sorted(pending)].any():
                 raise EvaluationError(f"environments {sorted(pending)} neither run nor report the end of an episode")
             if rows and result.active[sorted(rows)].any():
-                raise EvaluationError("an ended environment goes on: make the vector env with autoreset=False")
+                raise EvaluationError("an ended environment goes on although it was given no seed for another episode")
             max_rewards = np.maximum(max_rewards, np.where(result.active, result.rewards, -np.inf).max(axis=1))
             observation = result.observation
             if frame_hook:
@@ -259,8 +261,8 @@ def _play_batch(
                 rows[stats.env] = _row(stats, max_rewards[stats.env])
             pending -= rows.keys()
             if not pending:
-                break
-    return [rows[env] for env in range(len(seeds))]
+                return [rows[env] for env in range(len(seeds))]
+    raise AssertionError("unreachable")
 
 
 def _pieces(actions: np.ndarray, interval: int) -> list[np.ndarray]:
@@ -286,8 +288,8 @@ def evaluate_seeds(
     """Evaluate on the ``episodes`` seeds from ``first_seed`` on, with at most ``num_envs`` environments at once.
 
     Args:
-        act: observation -> actions (N, n, A), deterministic.
-        make_env: so many environments that do not restart by themselves; they are closed again.
+        act: decides; see Act.
+        make_env: so many environments; they are closed again.
         first_seed: episode i plays first_seed + i.
         episodes: at least 1.
         num_envs: at least 1.

@@ -62,7 +62,11 @@ class ChainSpec:
 
     def noised_dimensions(self, n: int, action_dim: int) -> int:
         """Scalars of one decision that get exploration noise and are scored: K' * M * A."""
-        return len(self.noisy_steps()) * self.num_coordinates(n) * action_dim
+        return math.prod(self.noise_shape(n, action_dim))
+
+    def noise_shape(self, n: int, action_dim: int) -> tuple[int, int, int]:
+        """(K', M, A) of one decision's exploration noise."""
+        return len(self.noisy_steps()), self.num_coordinates(n), action_dim
 
     def noisy_steps(self) -> range:
         """Indices k of the denoising steps that draw noise."""
@@ -201,8 +205,7 @@ def sample_chain(
     context: Context,
     spec: ChainSpec,
     initial_noise: Tensor,
-    generator: torch.Generator | None = None,
-    deterministic: bool = False,
+    exploration: Tensor | None = None,
 ) -> ChainSample:
     """Denoise ``initial_noise`` (B, n, D) in K steps.
 
@@ -211,8 +214,8 @@ def sample_chain(
         context: encoded observations, leading dim B.
         spec: the chain's definition.
         initial_noise: (B, n, D) standard normal, x_0.
-        generator: source of the exploration noise.
-        deterministic: leave the exploration noise out: LeRobot's own Euler sampler. ``log_prob`` is then zero.
+        exploration: (B, K', M, A) standard normal, of the shape ``spec.noise_shape``. None leaves it out, which is
+            LeRobot's own Euler sampler; ``log_prob`` is then zero.
     """
     x_t, states, log_probs, stds = initial_noise, [initial_noise], [], []
     action_dim, batch = policy.action_dim, initial_noise.shape[0]
@@ -220,8 +223,8 @@ def sample_chain(
     for k in range(spec.num_denoising_steps):
         step = transition(policy, context, x_t, times[k].expand(batch), spec)
         x_t = step.mean
-        if not deterministic and k in spec.noisy_steps():
-            eps = torch.randn(step.std.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+        if exploration is not None and k in spec.noisy_steps():
+            eps = exploration[:, k - spec.noisy_steps().start]
             x_t = x_t.clone()
             x_t[..., :action_dim] += _from_coordinates(step.std * eps, x_t.shape[1], spec)
             # Scored from the stored state, not from eps: the update will see only the stored state.

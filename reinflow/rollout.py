@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
+from reinflow.evaluate import Act
 from reinflow.flow import ChainSample, ChainSpec, sample_chain
+from reinflow.noise import episode_noise
 from reinflow.policy import Context, FlowPolicy
 from reinflow.ppo import ReturnNormalizer
+from reinflow.seeds import TrainingSeeds
 
 DiscountPer = Literal["control_step", "chunk"]
 CreditPer = Literal["decision", "control_step"]
@@ -76,17 +80,36 @@ class RolloutInfo:
 
 
 @dataclass
-class EncodedObservation:
-    """Where the environments stand: the observation to decide on, encoded, and the simulator's state if shown."""
+class RolloutState:
+    """Where the environments stand: the observation to decide on, encoded, and of which episodes it is."""
 
     context: Context
-    state: np.ndarray | None = None  # (N, S)
+    state: np.ndarray | None  # (N, S) the simulator's, if it is shown
+    episodes: NDArray[np.int64]  # (N,) numbers of the episodes being played, see TrainingSeeds
+    decisions: NDArray[np.int64]  # (N,) made in them so far
 
     @classmethod
-    def of(cls, policy: FlowPolicy, observation: Observation) -> EncodedObservation:
+    def start(cls, policy: FlowPolicy, env: ChunkVectorEnv, seeds: TrainingSeeds) -> RolloutState:
+        """At the beginning of the training's first episodes."""
+        first = np.arange(env.num_envs)
+        return cls.at(policy, env.reset(seeds.of(first)), first, np.zeros_like(first))
+
+    @classmethod
+    def at(
+        cls,
+        policy: FlowPolicy,
+        observation: Observation,
+        episodes: NDArray[np.int64],
+        decisions: NDArray[np.int64],
+    ) -> RolloutState:
         """Encode ``observation``."""
-        with torch.no_grad():
-            return cls(policy.encode(policy.preprocess(observation)), observation.get("environment_state"))
+        return cls(encode(policy, observation), observation.get("environment_state"), episodes, decisions)
+
+
+@torch.no_grad()
+def encode(policy: FlowPolicy, observation: Observation) -> Context:
+    """What the policy makes of an observation."""
+    return policy.encode(policy.preprocess(observation))
 
 
 @dataclass(frozen=True)
@@ -117,13 +140,13 @@ def chunk_return(rewards: np.ndarray, active: np.ndarray, settings: RolloutSetti
 def collect_rollout(
     policy: FlowPolicy,
     env: ChunkVectorEnv,
-    current: EncodedObservation,
+    current: RolloutState,
     num_chunk_steps: int,
     spec: ChainSpec,
     settings: RolloutSettings,
     normalizer: ReturnNormalizer,
-    generator: torch.Generator,
-) -> tuple[RolloutBuffer, RolloutInfo, EncodedObservation]:
+    seeds: TrainingSeeds,
+) -> tuple[RolloutBuffer, RolloutInfo, RolloutState]:
     """Act for ``num_chunk_steps`` decisions per environment.
 
     Args:
@@ -134,18 +157,25 @@ def collect_rollout(
         spec: the denoising chain.
         settings: discounting.
         normalizer: turns the critic's output into return units.
-        generator: of x_0 and the exploration noise, on the policy's device.
+        seeds: of the episodes; where they start and all their noise follow from them.
     """
     rows: list[dict[str, Tensor]] = []
     contexts: Context = {}
     episodes: list[EpisodeStats] = []
     seconds_env, start = 0.0, time.perf_counter()
     for step in range(num_chunk_steps):
-        sample, actions = act(policy, current.context, spec, generator)
+        playing, next_episodes = seeds.of(current.episodes), current.episodes + env.num_envs
+        sample, actions = act(policy, current.context, spec, playing, current.decisions.tolist(), explore=True)
         env_start = time.perf_counter()
-        result = env.step_chunk(actions)
+        result = env.step_chunk(actions, seeds.of(next_episodes))
         seconds_env += time.perf_counter() - env_start
-        following = EncodedObservation.of(policy, result.observation)
+        ended = result.terminated | result.truncated
+        following = RolloutState.at(
+            policy,
+            result.observation,
+            np.where(ended, next_episodes, current.episodes),
+            np.where(ended, 0, current.decisions + 1),
+        )
         reward, discount = chunk_return(result.rewards, result.active, settings)
         _store(contexts, step, num_chunk_steps, policy.to_buffer(current.context))
         rows.append({
@@ -178,7 +208,7 @@ def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context)
         contexts[name][step].copy_(tensor)
 
 
-def _control_steps(current: EncodedObservation, result: ChunkResult) -> dict[str, Tensor]:
+def _control_steps(current: RolloutState, result: ChunkResult) -> dict[str, Tensor]:
     """Inside one chunk step: states (N, n+1, S) and rewards (N, n)."""
     if current.state is None or result.environment_states is None:
         raise ValueError(
@@ -192,31 +222,42 @@ def act(
     policy: FlowPolicy,
     context: Context,
     spec: ChainSpec,
-    generator: torch.Generator,
-    deterministic: bool = False,
+    seeds: Sequence[int],
+    decisions: Sequence[int],
+    explore: bool,
 ) -> tuple[ChainSample, np.ndarray]:
-    """Sample a chain for every row and turn its end into environment actions (B, n, A)."""
-    some = next(iter(context.values()))
-    shape = (some.shape[0], policy.n_action_steps, policy.padded_action_dim)
-    noise = torch.randn(shape, generator=generator, device=some.device)
-    sample = sample_chain(policy, context, spec, noise, generator, deterministic)
+    """Sample a chain for every row and turn its end into environment actions (B, n, A).
+
+    Args:
+        policy: acts.
+        context: encoded observations, leading dim B.
+        spec: the chain's definition.
+        seeds: (B,) of the episodes.
+        decisions: (B,) made in them so far.
+        explore: with the policy's exploration noise.
+    """
+    n = policy.n_action_steps
+    x_0 = episode_noise(seeds, decisions, (n, policy.padded_action_dim), "x_0", policy.device)
+    noise = None
+    if explore:
+        shape = spec.noise_shape(n, policy.action_dim)
+        noise = episode_noise(seeds, decisions, shape, "exploration", policy.device)
+    sample = sample_chain(policy, context, spec, x_0, noise)
     return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
 
 
-def noise_free_actor(policy: FlowPolicy, spec: ChainSpec, seed: int) -> Callable[[Observation], np.ndarray]:
-    """Observation -> actions by the chain with zero noise, which is LeRobot's own sampler."""
-    generator = torch.Generator(policy.device).manual_seed(seed)
+def noise_free_actor(policy: FlowPolicy, spec: ChainSpec) -> Act:
+    """The policy by the chain with zero noise, which is LeRobot's own sampler; x_0 follows from seed and decision."""
 
-    def act_noise_free(observation: Observation) -> np.ndarray:
-        context = policy.encode(policy.preprocess(observation))
-        return act(policy, context, spec, generator, deterministic=True)[1]
+    def act_noise_free(observation: Observation, seeds: Sequence[int], decision: int) -> np.ndarray:
+        return act(policy, encode(policy, observation), spec, seeds, [decision] * len(seeds), explore=False)[1]
 
     return act_noise_free
 
 
 def _next_value(
     policy: FlowPolicy,
-    following: EncodedObservation,
+    following: RolloutState,
     result: ChunkResult,
     normalizer: ReturnNormalizer,
     settings: RolloutSettings,
@@ -227,7 +268,7 @@ def _next_value(
     if settings.time_limit_is_terminal:
         return values.masked_fill(torch.as_tensor(result.truncated, device=values.device), 0.0)
     if result.final_observation is not None:
-        final = EncodedObservation.of(policy, result.final_observation)
+        final = encode(policy, result.final_observation)
         rows = torch.as_tensor(result.final_indices, device=values.device)
-        values = values.index_copy(0, rows, normalizer.denormalize(policy.value(final.context)))
+        values = values.index_copy(0, rows, normalizer.denormalize(policy.value(final)))
     return values

@@ -15,15 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from reinflow import checkpoint
 from reinflow.doctor import RULES, Doctor, Rule
 from reinflow.env import ChunkVectorEnv
 from reinflow.evaluate import EvalResult
 from reinflow.learner import PPOLearner
 from reinflow.policy import FlowPolicy
-from reinflow.rollout import EncodedObservation
+from reinflow.rollout import RolloutState
+from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
 from reinflow.tracking import Tracker, WandbMode, open_tracker
 from reinflow.training_state import rng_state, set_rng_state
 
@@ -41,6 +40,12 @@ class RunSettings:
     wandb_mode: WandbMode = "off"
     wandb_project: str = "reinflow"
     seed: int = 0
+    eval_seed: int = FIRST_TUNING_SEED  # training episodes have seeds below it
+
+    @property
+    def training_seeds(self) -> TrainingSeeds:
+        """Of the run's episodes."""
+        return TrainingSeeds(self.seed, self.eval_seed)
 
 
 class Run:
@@ -77,7 +82,7 @@ class Run:
         Args:
             run_dir: the run's directory.
             policy: acts and learns.
-            env: N environments that restart by themselves.
+            env: N environments.
             learner: of the policy.
             settings: of the run.
             config: JSON-able settings of everything; config.json, Weights & Biases and the doctor get them.
@@ -88,11 +93,11 @@ class Run:
         self.run_dir, self.policy, self.env, self.learner = run_dir, policy, env, learner
         self.settings, self.config, self.rules = settings, dict(config), rules
         self.policy_card, self.resume_command = dict(policy_card or {}), resume_command
-        self.generator = torch.Generator(policy.device).manual_seed(settings.seed)  # of x_0 and exploration noise
+        self.seeds = settings.training_seeds
         self.iteration = self.episodes = 0
         self.best_success = -1.0
         self.metrics: dict[str, float] = {}
-        self.current: EncodedObservation
+        self.current: RolloutState
         self.tracker: Tracker
         self.doctor: Doctor
         self.wandb_id: str | None = None
@@ -102,11 +107,11 @@ class Run:
 
     # --- Opening and closing ----------------------------------------------------------------------------------------
 
-    def start(self, seeds: Sequence[int]) -> Self:
-        """A new run, standing at the first observations of ``seeds``."""
+    def start(self) -> Self:
+        """A new run, at the beginning of its first episodes."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-        self.current = EncodedObservation.of(self.policy, self.env.reset(seeds))
+        self.current = RolloutState.start(self.policy, self.env, self.seeds)
         self._open_sinks(resumed=None)
         return self
 
@@ -119,11 +124,11 @@ class Run:
         tensors, state = checkpoint.load_training_state(checkpoint.resolve_checkpoint(self.run_dir))
         self.policy.load_trainable_state(tensors["policy"])
         self.learner.load_state_dict(state)
-        self.generator.set_state(state["noise_rng"])
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.best_success, self.wandb_id = state["best_success"], state["wandb_id"]
         self._saved_at = self._logged_at = self.episodes
-        self.current = EncodedObservation.of(self.policy, self.env.set_state(state["env"]))
+        observation = self.env.set_state(state["env"])
+        self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
         set_rng_state(state["rng"])
         self._open_sinks(resumed=self.iteration)
         return self
@@ -209,7 +214,8 @@ class Run:
             "episodes": self.episodes,
             "best_success": self.best_success,
             "wandb_id": self.wandb_id,
-            "noise_rng": self.generator.get_state(),
+            "playing": self.current.episodes,
+            "decisions": self.current.decisions,
             "rng": rng_state(),
             "env": self.env.get_state(),
         }

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from reinflow import ConfigError
-from reinflow.seeds import FIRST_REPORTING_SEED
+from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
 from reinflow.settings import out_of_range
 
 FlatConfig = Any
@@ -90,8 +90,8 @@ def _seeds(c: FlatConfig) -> Iterator[str]:
             f"eval_seed={c.eval_seed} + eval_episodes={c.eval_episodes} reaches the reporting seeds "
             f"(from {FIRST_REPORTING_SEED}): checkpoints must not be chosen by them, lower eval_seed"
         )
-    if c.eval_seed < c.num_parallel_envs:
-        yield f"eval_seed={c.eval_seed} leaves no seed below it for each of num_parallel_envs: raise eval_seed"
+    if c.eval_seed < 1:
+        yield f"eval_seed={c.eval_seed} leaves no seed below it to train with: raise it, e.g. to {FIRST_TUNING_SEED}"
     if c.report_seed < FIRST_REPORTING_SEED:
         yield f"report_seed={c.report_seed} lies in the training seeds: use {FIRST_REPORTING_SEED} or more"
     if c.seed >= FIRST_REPORTING_SEED:

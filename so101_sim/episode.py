@@ -39,18 +39,16 @@ class ChunkScore:
 class EpisodeLog:
     """The running sums of the current episode; plain values, so that a state can be written as JSON."""
 
-    seed: int | None = None
-    episode_index: int = -1
+    seed: int | None = None  # None: of a gymnasium environment that goes on with its own generator
     length: int = 0
     return_: float = 0.0
     max_height_m: float = 0.0
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
 
-    def begin_after(self, seed: int | None, height_m: float) -> None:
-        """Starts over: for the first episode of `seed`, or for the next one of the seed before if it is None."""
-        self.episode_index = 0 if seed is not None else self.episode_index + 1
-        self.seed = seed if seed is not None else self.seed
+    def begin(self, seed: int | None, height_m: float) -> None:
+        """Starts over for the episode of `seed`."""
+        self.seed = seed
         self.max_height_m = height_m
         self.length, self.return_, self.clipped_targets, self.reward_terms = 0, 0.0, 0, {}
 

@@ -48,7 +48,7 @@ class Simulation:
         """Start an episode with what `rng` draws; `seed` names it. Options: see `PickScene.reset`."""
         self.scene.reset(self.data, rng, options)
         self._row, self._ended = self.scene.layout.row(self.data), False
-        self.episode.begin_after(seed, self.scene.block_height(self._row))
+        self.episode.begin(seed, self.scene.block_height(self._row))
 
     def advance(self, actions: ArrayLike) -> ChunkScore:
         """Run the targets (n, 6) one control step each, up to the episode's end; the score of the chunk, N = 1.

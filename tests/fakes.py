@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
 from reinflow.flow_mlp import FlowMLP
 
 STATE_DIM, ACTION_DIM, CHUNK = 3, 2, 4
 
 
-@dataclass
-class FakeEpisode:
-    """EpisodeStats of the fake."""
-
-    seed: int
-    return_: float
-    length: int
-    success: bool
-    max_height_m: float = 0.0
-    clipped_targets: int = 0
-    reward_terms: dict[str, float] = field(default_factory=dict)
-    env: int = 0
-
-
-@dataclass
-class FakeResult:
-    """ChunkResult of the fake."""
-
-    observation: dict[str, Any]
-    rewards: np.ndarray
-    active: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    final_indices: np.ndarray
-    final_observation: dict[str, Any] | None
-    environment_states: np.ndarray
-    episodes: Sequence[Any]
-
-
-class ReachEnv:
+class ReachEnv(ChunkVectorEnv):
     """Every action should equal the first ``action_dim`` of the action_dim + 1 state entries.
 
     An episode is two chunks and then truncated.
@@ -57,14 +28,18 @@ class ReachEnv:
     ):
         self.num_envs, self.terminate_at, self.action_dim, self.clock = num_envs, terminate_at, action_dim, clock
 
-    def reset(self, seeds: Sequence[int]) -> dict[str, Any]:
-        self.rngs = [np.random.default_rng(s) for s in seeds]
-        self.states = np.stack([r.uniform(-1, 1, self.action_dim + 1) for r in self.rngs])
+    def reset(self, seeds: Sequence[int]) -> Observation:
+        self.seeds = list(seeds)
+        self.states = np.stack([self._start(seed) for seed in seeds])
         self.age = np.zeros(self.num_envs, dtype=int)
         self.steps = np.zeros(self.num_envs, dtype=int)
+        self.over = np.zeros(self.num_envs, dtype=bool)
         return self._observe()
 
-    def _observe(self) -> dict[str, Any]:
+    def _start(self, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).uniform(-1, 1, self.action_dim + 1)
+
+    def _observe(self) -> Observation:
         return {"environment_state": self._states_at(self.steps)}
 
     def _states_at(self, steps: np.ndarray) -> np.ndarray:
@@ -73,30 +48,54 @@ class ReachEnv:
             states[:, -1] = steps
         return states
 
-    def step_chunk(self, actions: np.ndarray) -> FakeResult:
+    def step_chunk(self, actions: np.ndarray, next_seeds: Sequence[int] | None = None) -> ChunkResult:
         n = actions.shape[1]
         rewards = -np.abs(actions - self.states[:, None, : self.action_dim]).mean(-1)
-        active = np.ones((self.num_envs, n), dtype=bool)
+        active = np.tile(~self.over[:, None], (1, n))
         terminated = np.zeros(self.num_envs, dtype=bool)
         if self.terminate_at is not None:
             active[:, self.terminate_at :] = False
-            terminated[:] = True
+            terminated = ~self.over
         rewards = rewards * active
         inside = np.stack([self._states_at(self.steps + i + 1) for i in range(n)], axis=1) * active[..., None]
         self.age += 1
         self.steps += active.sum(1)
-        truncated = (self.age >= 2) & ~terminated
+        truncated = (self.age >= 2) & ~terminated & ~self.over
         final = self._observe() if truncated.any() else None
         if final is not None:
             final = {k: v[truncated] for k, v in final.items()}
+        ended = np.flatnonzero(truncated | terminated)
         episodes = [
-            FakeEpisode(i, float(rewards[i].sum()), int(active[i].sum()), bool(rewards[i].mean() > -0.1))
-            for i in np.flatnonzero(truncated | terminated)
+            EpisodeStats(
+                int(i), self.seeds[i], float(rewards[i].sum()), int(active[i].sum()), bool(rewards[i].mean() > -0.1)
+            )
+            for i in ended
         ]
-        for i in np.flatnonzero(truncated | terminated):
-            self.states[i], self.age[i], self.steps[i] = self.rngs[i].uniform(-1, 1, self.action_dim + 1), 0, 0
-        ends = (terminated, truncated, np.flatnonzero(truncated))
-        return FakeResult(self._observe(), rewards, active, *ends, final, inside, episodes)
+        self.over[ended] = next_seeds is None
+        for i in ended if next_seeds is not None else []:
+            self.seeds[i] = next_seeds[i]
+            self.states[i], self.age[i], self.steps[i] = self._start(next_seeds[i]), 0, 0
+        return ChunkResult(
+            observation=self._observe(),
+            rewards=rewards,
+            reward_terms={"reach": rewards},
+            active=active,
+            terminated=terminated,
+            truncated=truncated,
+            final_indices=np.flatnonzero(truncated),
+            final_observation=final,
+            environment_states=inside,
+            episodes=episodes,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: np.array(getattr(self, name)) for name in ("seeds", "states", "age", "steps", "over")}
+
+    def set_state(self, state: Mapping[str, Any]) -> Observation:
+        self.seeds = state["seeds"].tolist()
+        for name in ("states", "age", "steps", "over"):
+            setattr(self, name, state[name].copy())
+        return self._observe()
 
 
 def make_policy(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from reinflow.flow import ChainSpec
 from reinflow.flow_mlp import FlowMLP
 from reinflow_vla.base import TrainableGroups
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES
@@ -54,6 +55,12 @@ def noise_for(policy: Any, batch: int = 3) -> torch.Tensor:
     """x_0 (B, n, D), the same every time."""
     shape = (batch, policy.n_action_steps, policy.padded_action_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def explore(policy: Any, spec: ChainSpec, batch: int = 3) -> torch.Tensor:
+    """Exploration noise (B, K', M, A), the same every time."""
+    shape = spec.noise_shape(policy.n_action_steps, policy.action_dim)
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(2))
 
 
 def saved_bytes(run: Callable[[], Any]) -> int:

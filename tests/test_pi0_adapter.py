@@ -22,7 +22,7 @@ from reinflow_vla.directory import PolicyDirectoryError, read_json, store_tokeni
 from reinflow_vla.lora import adapters
 from reinflow_vla.pi0_directory import GATED_TOKENIZER, load_pi0, policy_class, reduced_sizes, stored_sizes
 from so101_mujoco_utils import model_dir
-from tests.policies import load, noise_for, observe, saved_bytes
+from tests.policies import explore, load, noise_for, observe, saved_bytes
 from train_reinflow import PRESETS, TrainingConfig, make_policy, train
 
 EMBEDDED = model_dir() / "tiny_pi0"
@@ -37,7 +37,7 @@ def copy(tmp_path: Path) -> Path:
 def draw(policy):
     """Context and a sampled chain of three decisions."""
     context = policy.encode(policy.preprocess(observe(policy)))
-    return context, sample_chain(policy, context, SPEC, noise_for(policy), torch.Generator().manual_seed(2)).chain
+    return context, sample_chain(policy, context, SPEC, noise_for(policy), explore(policy, SPEC)).chain
 
 
 def gradients(policy, context, chain) -> dict[str, torch.Tensor]:
@@ -149,12 +149,12 @@ def test_adapters_learn_alone_start_at_zero_and_are_merged_by_the_export(policy_
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     state = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
-    expected = sample_chain(adapted, context, SPEC, chain[:, 0], deterministic=True).chain
+    expected = sample_chain(adapted, context, SPEC, chain[:, 0]).chain
     adapted.save_pretrained(tmp_path / "export")
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapted.state_dict().items())
-    found = sample_chain(load(family, tmp_path / "export"), context, SPEC, chain[:, 0], deterministic=True).chain
+    found = sample_chain(load(family, tmp_path / "export"), context, SPEC, chain[:, 0]).chain
     assert (found - expected).abs().max() < 1e-5
-    unadapted = sample_chain(plain, context, SPEC, chain[:, 0], deterministic=True).chain
+    unadapted = sample_chain(plain, context, SPEC, chain[:, 0]).chain
     assert (unadapted - expected).abs().max() > 1e-3
 
 
@@ -165,7 +165,7 @@ def test_bf16_language_model_with_fp32_trainables_keeps_the_ratio(tmp_path):
     assert all(p.dtype == torch.float32 for p in policy.policy_parameters())
     context, chain = draw(policy)
     assert context["kv"].dtype == torch.bfloat16 and context["features"].dtype == torch.float32
-    drawn = sample_chain(policy, context, SPEC, chain[:, 0], torch.Generator().manual_seed(2))
+    drawn = sample_chain(policy, context, SPEC, chain[:, 0], explore(policy, SPEC))
     score = chain_log_prob(policy, {k: v[:1] for k, v in context.items()}, drawn.chain[:1], SPEC)
     assert (score.log_prob - drawn.log_prob[:1]).exp().sub(1).abs().max() < 1e-4
     with torch.no_grad():  # an fp32 step that bf16 could not hold survives the export
@@ -202,7 +202,7 @@ def test_stock_library_loads_the_export_and_acts_alike(policy_dirs, family, tmp_
         batch[f"observation.images.{camera}"] = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     found = after(stock.predict_action_chunk(before(batch), noise=noise)).double().numpy()
     context = ours.encode(ours.preprocess(observation))
-    chain = sample_chain(ours, context, SPEC, noise, deterministic=True).chain
+    chain = sample_chain(ours, context, SPEC, noise).chain
     assert stock.config.num_inference_steps == 2
     assert abs(found - ours.postprocess(chain[:, -1, :, :6])).max() < 1e-3  # degrees
 

@@ -12,7 +12,7 @@ import torch
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
 from reinflow_vla.base import TrainableGroups
 from reinflow_vla.directory import PolicyDirectoryError
-from tests.policies import FAMILIES, VLAS, load, noise_for, observe, only
+from tests.policies import FAMILIES, VLAS, explore, load, noise_for, observe, only
 
 EXPERT_OF_PI0 = "vla.model.paligemma_with_expert.gemma_expert.model."
 LEARNS: dict[str, dict[str, tuple[str, ...]]] = {  # by flag, the parameters that must learn and no others
@@ -66,7 +66,7 @@ def vla(request, subjects) -> Subject:
 
 def noise_free(subject: Subject, noise: torch.Tensor) -> torch.Tensor:
     """Actions (B, n, A) of the chain without exploration noise."""
-    chain = sample_chain(subject.policy, subject.context, ChainSpec(3), noise, deterministic=True).chain
+    chain = sample_chain(subject.policy, subject.context, ChainSpec(3), noise).chain
     return chain[:, -1, :, : subject.policy.action_dim]
 
 
@@ -94,7 +94,7 @@ def test_noise_free_chain_is_the_librarys_sampler(vla):
 @pytest.mark.parametrize("spec", [ChainSpec(1), ChainSpec(3, "action"), ChainSpec(2, "dim", "dct", 5)], ids=str)
 def test_ratio_is_one_for_any_batch_composition(subject, spec):
     policy, context = subject.policy, subject.context
-    drawn = sample_chain(policy, context, spec, noise_for(policy), torch.Generator().manual_seed(2))
+    drawn = sample_chain(policy, context, spec, noise_for(policy), explore(policy, spec))
     rows = torch.tensor([2, 0])
     part = {name: tensor[rows] for name, tensor in context.items()}
     score = chain_log_prob(policy, part, drawn.chain[rows], spec)
@@ -121,7 +121,7 @@ def test_cached_prefix_equals_the_joint_training_forward(vla):
 def test_each_flag_lets_its_group_learn_and_nothing_else(policy_dirs, family, flag):
     policy = load(family, policy_dirs[family], k=1, groups=only(flag))
     context, spec = policy.encode(policy.preprocess(observe(policy))), ChainSpec(1, "action")
-    drawn = sample_chain(policy, context, spec, noise_for(policy))
+    drawn = sample_chain(policy, context, spec, noise_for(policy), explore(policy, spec))
     loss = chain_log_prob(policy, context, drawn.chain, spec).log_prob.sum() + policy.value(context).sum()
     loss.backward()
     expected = {name for name, _ in policy.named_parameters() if name.startswith((LEARNS[family] | HEADS)[flag])}
@@ -179,7 +179,7 @@ def _names(file) -> list[str]:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_gradients_are_those_of_the_library(vla, backend):
     spec, policy = ChainSpec(3), load(vla.family, vla.directory)
-    chain = sample_chain(policy, vla.context, spec, noise_for(policy)).chain.detach()
+    chain = sample_chain(policy, vla.context, spec, noise_for(policy), explore(policy, spec)).chain.detach()
 
     def score_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
         policy.zero_grad()
@@ -200,7 +200,7 @@ def test_acting_is_never_compiled(vla, monkeypatch):
     eager = policy.vla.model.denoise_step
     monkeypatch.setattr(torch, "compile", lambda step, backend: lambda *a, **k: calls.append(1) or eager(*a, **k))
     policy.compile_expert()
-    chain = sample_chain(policy, vla.context, ChainSpec(3), noise_for(policy)).chain
+    chain = sample_chain(policy, vla.context, ChainSpec(3), noise_for(policy), explore(policy, ChainSpec(3))).chain
     calls_with_gradient = len(calls)
     with torch.no_grad():
         chain_log_prob(policy, vla.context, chain.detach(), ChainSpec(3))

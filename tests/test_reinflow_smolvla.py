@@ -5,7 +5,7 @@ import torch
 
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
 from reinflow_vla.base import cache_from, pack_cache
-from tests.policies import load, noise_for, observe
+from tests.policies import explore, load, noise_for, observe
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,9 @@ def context(policy):
 
 def test_executed_tokens_alone_give_the_same_first_actions(policy, context, tiny_policy_dir):
     noise = noise_for(policy)
-    full = sample_chain(policy, context, ChainSpec(3), noise, deterministic=True).chain
+    full = sample_chain(policy, context, ChainSpec(3), noise).chain
     short = load("smolvla", tiny_policy_dir, n_action_steps=10)
-    part = sample_chain(short, context, ChainSpec(3), noise[:, :10], deterministic=True).chain
+    part = sample_chain(short, context, ChainSpec(3), noise[:, :10]).chain
     assert (full[:, :, :10] - part).abs().max() < 1e-6
     assert short.vla.config.chunk_size == 50  # restored after every pass
 
@@ -32,7 +32,7 @@ def test_padded_dims_matter_and_are_stored(policy, context, monkeypatch):
     the joints alone): scoring must condition on the stored ones."""
     spec, reads = ChainSpec(2, "action"), policy.vla.model.action_in_proj.weight
     monkeypatch.setattr(reads, "data", reads.data + 0.1 * torch.ones_like(reads))
-    drawn = sample_chain(policy, context, spec, noise_for(policy), torch.Generator().manual_seed(2))
+    drawn = sample_chain(policy, context, spec, noise_for(policy), explore(policy, spec))
     assert drawn.chain.shape == (3, 3, 50, 32)
     forgotten = drawn.chain.clone()
     forgotten[..., 6:] = 0
@@ -42,7 +42,7 @@ def test_padded_dims_matter_and_are_stored(policy, context, monkeypatch):
 
 def test_cache_survives_a_second_backward(policy, context):
     spec = ChainSpec(1, "action")
-    drawn = sample_chain(policy, context, spec, noise_for(policy))
+    drawn = sample_chain(policy, context, spec, noise_for(policy), explore(policy, spec))
     before = context["kv"].clone()
     for _ in range(2):
         chain_log_prob(policy, context, drawn.chain, spec).log_prob.sum().backward()
@@ -58,7 +58,7 @@ def test_export_is_a_stock_policy_with_the_full_chunk(policy, context, tmp_path)
     stock, _, _ = load_smolvla(tmp_path / "export")
     assert stock.config.chunk_size == 50 and stock.config.num_steps == 3
     noise = noise_for(policy)
-    expected = sample_chain(policy, context, ChainSpec(3), noise, deterministic=True).chain[:, -1, :, :6]
+    expected = sample_chain(policy, context, ChainSpec(3), noise).chain[:, -1, :, :6]
     batch = policy.preprocess(observe(policy))
     assert (stock.predict_action_chunk(batch, noise=noise) - expected).abs().max() < 1e-5
 

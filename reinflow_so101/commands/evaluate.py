@@ -103,18 +103,18 @@ def make_actor(config: EvalConfig, policy_dir: Path) -> Act:
         raise ConfigError(f"{given} is not read by a {kind} policy: leave it out")
     if family is None:
         return stock_actor(config, policy_dir)
-    import torch
-
     from reinflow.flow import ChainSpec
     from reinflow.rollout import noise_free_actor
 
     policy = family.load(policy_dir, config.acting)
-    torch.manual_seed(config.seed)
-    return noise_free_actor(policy, ChainSpec(policy.num_denoising_steps), config.seed)
+    return noise_free_actor(policy, ChainSpec(policy.num_denoising_steps))
 
 
 def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
-    """Any other LeRobot policy that predicts chunks, by LeRobot's own loading and processors."""
+    """Any other LeRobot policy that predicts chunks, by LeRobot's own loading and processors.
+
+    One that draws noise (a diffusion policy) gives the same episodes again with the same number of environments only.
+    """
     import torch
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
@@ -127,7 +127,8 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
     steps = config.n_action_steps or settings.n_action_steps
 
     @torch.no_grad()
-    def act(observation: Observation) -> np.ndarray:
+    def act(observation: Observation, seeds: Sequence[int], decision: int) -> np.ndarray:
+        torch.manual_seed(seeds[0] + decision)  # LeRobot draws one batch's noise from the global generator
         batch = before(lerobot_batch(observation, observation.get("pixels", {})))
         return after(policy.predict_action_chunk(batch))[:, :steps].double().numpy()
 
@@ -143,12 +144,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
 
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
-    make_env = partial(make_vector_env, config.env, autoreset=False)
+    make_env = partial(make_vector_env, config.env)
     act = make_actor(config, policy_dir)
     result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
     if config.video:
-        # A fresh actor draws the same x_0 again, so that the video shows the episodes that were counted.
-        result.video_paths.append(str(record_video(config, make_actor(config, policy_dir))))
+        # Episodes depend on their seeds alone, so the video shows those that were counted.
+        result.video_paths.append(str(record_video(config, act)))
     path = write_eval_info(out / "eval_info.json", result.to_lerobot_info(TASK_GROUP))
     result.print(Console())
     print(f"wrote {path}")
@@ -164,7 +165,7 @@ def record_video(config: EvalConfig, act: Act) -> Path:
     num_envs = even_batch(config.episodes, config.num_parallel_envs)
     recorder = EpisodeRecorder(config.video_episodes)
     seen = replace(config.env, render_images=True)  # the policy may need no images, who watches it does
-    with make_vector_env(seen, num_envs, autoreset=False) as env:
+    with make_vector_env(seen, num_envs) as env:
         evaluate(act, env, range(config.seed, config.seed + num_envs), recorder, VIDEO_INTERVAL)
     if config.gif:
         write_gif(Path(config.output_dir) / "video.gif", recorder.frames[::2], fps=25 // VIDEO_INTERVAL)

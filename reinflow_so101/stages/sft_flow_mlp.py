@@ -215,8 +215,8 @@ def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | 
 
     if not config.eval_episodes:
         return None
-    act = noise_free_actor(policy, ChainSpec(config.num_denoising_steps), config.eval_seed)
-    make_env = partial(make_vector_env, task_environment(), autoreset=False)
+    act = noise_free_actor(policy, ChainSpec(config.num_denoising_steps))
+    make_env = partial(make_vector_env, task_environment())
     return evaluate_seeds(act, make_env, config.eval_seed, config.eval_episodes, config.num_parallel_envs)
 
 

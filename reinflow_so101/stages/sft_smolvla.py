@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -425,9 +425,8 @@ def evaluate_success(
     config: SftConfig,
 ) -> dict[str, float]:
     """Noise-free success rate on the tuning seeds, by number of denoising steps."""
-    import torch
-
     from reinflow.evaluate import evaluate_seeds
+    from reinflow.noise import episode_noise
     from reinflow_vla.base import lerobot_batch
     from so101_sim.vector.make import make_vector_env
 
@@ -435,22 +434,19 @@ def evaluate_success(
         return {}
     env = task_environment(config, policy)
 
-    def act(observation: Observation) -> NDArray[np.float64]:
-        batch = preprocessor(lerobot_batch(observation, env.cameras))
-        return postprocessor(policy.predict_action_chunk(batch)).double().numpy()
+    shape = (policy.config.chunk_size, policy.config.max_action_dim)
 
-    success = {}
-    make_env = partial(make_vector_env, env, autoreset=False)
-    generator_state = torch.get_rng_state()
-    try:
-        for num_steps in config.num_steps:
-            policy.config.num_steps = num_steps
-            torch.manual_seed(config.seed)
-            result = evaluate_seeds(act, make_env, config.eval_seed, config.eval_episodes, NUM_EVAL_ENVS)
-            success[f"K{num_steps}"] = round(result.success_rate, 4)
-    finally:
-        torch.set_rng_state(generator_state)
-        policy.config.num_steps = config.num_steps[0]
+    def act(observation: Observation, seeds: Sequence[int], decision: int) -> NDArray[np.float64]:
+        x_0 = episode_noise(seeds, [decision] * len(seeds), shape, "x_0")
+        batch = preprocessor(lerobot_batch(observation, env.cameras))
+        return postprocessor(policy.predict_action_chunk(batch, noise=x_0)).double().numpy()
+
+    success, make_env = {}, partial(make_vector_env, env)
+    for num_steps in config.num_steps:
+        policy.config.num_steps = num_steps
+        result = evaluate_seeds(act, make_env, config.eval_seed, config.eval_episodes, NUM_EVAL_ENVS)
+        success[f"K{num_steps}"] = round(result.success_rate, 4)
+    policy.config.num_steps = config.num_steps[0]
     return success
 
 

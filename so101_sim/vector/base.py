@@ -70,7 +70,7 @@ class SO101VectorEnv(ChunkVectorEnv):
     frame's units, `task`, and `environment_state` (N, S) if asked for. Actions are joint targets (N, n, 6) in the same
     units. Terminated: lifted. Use `make_vector_env`.
 
-    A state is {"integration": (N, states), "rows": (N, R), "ended": (N,) bool, "rngs": N dicts, "episodes": N dicts},
+    A state is {"integration": (N, states), "rows": (N, R), "ended": (N,) bool, "episodes": N dicts},
     and may be taken from one form to another.
     """
 
@@ -110,28 +110,19 @@ class InProcessVectorEnv(SO101VectorEnv):
         self,
         config: EnvConfig,
         num_envs: int,
-        autoreset: bool = True,
         buffers: tuple[ObservationBuffer, ObservationBuffer] | None = None,
     ) -> None:
         super().__init__(config, num_envs)
-        self.autoreset = autoreset
         self.scene = PickScene(config)
         self._renderer: SceneRenderer | ParallelRenderer | None = None
         current, final = buffers or (ObservationBuffer(config, num_envs), ObservationBuffer(config, num_envs))
         self._current, self._final = current, final
-        self._rngs = [np.random.default_rng()] * num_envs
         self._ended = np.zeros(num_envs, dtype=bool)
         self._started = False
 
-    def _start_episode(self, env: int, seed: int | None) -> None:
-        """Starts an episode in one simulation; without a seed its generator goes on."""
-        if seed is not None:
-            self._rngs[env] = seeding.np_random(seed)[0]
-        self._reset_simulation(env, self._rngs[env], seed)
-
     @abstractmethod
-    def _reset_simulation(self, env: int, rng: np.random.Generator, seed: int | None) -> None:
-        """Puts one simulation at the start that `rng` draws."""
+    def _start_episode(self, env: int, seed: int) -> None:
+        """Puts one simulation at the start of the episode of `seed`."""
 
     @abstractmethod
     def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
@@ -154,10 +145,10 @@ class InProcessVectorEnv(SO101VectorEnv):
         self._started = True
         return self._current.read()
 
-    def step_chunk(self, actions: ArrayLike) -> ChunkResult:
+    def step_chunk(self, actions: ArrayLike, next_seeds: Sequence[int] | None = None) -> ChunkResult:
         """See `ChunkVectorEnv.step_chunk`."""
         self._check_started()
-        values = self._check_actions(actions)
+        values, following = self._check_actions(actions), None if next_seeds is None else self._check_seeds(next_seeds)
         live = np.flatnonzero(~self._ended)
         score = self._spread(self._advance(values[live], live), live, values.shape[1])
         episodes = [
@@ -165,7 +156,7 @@ class InProcessVectorEnv(SO101VectorEnv):
             for env in np.flatnonzero(score.terminated | score.truncated).tolist()
         ]
         final_indices = np.flatnonzero(score.truncated)
-        self._observe_chunk_end(score, live)
+        self._observe_chunk_end(score, live, following)
         return ChunkResult(
             observation=self._current.read(),
             rewards=score.rewards,
@@ -184,7 +175,6 @@ class InProcessVectorEnv(SO101VectorEnv):
         self._check_started()
         return self._simulation_state() | {
             "ended": self._ended.copy(),
-            "rngs": [rng.bit_generator.state for rng in self._rngs],
             "episodes": [asdict(self._log(env)) for env in range(self.num_envs)],
         }
 
@@ -193,7 +183,6 @@ class InProcessVectorEnv(SO101VectorEnv):
         self._check_state(state)
         self._set_simulation_state(state)
         self._ended[:], self._started = state["ended"], True
-        self._rngs = [restored_generator(rng) for rng in state["rngs"]]
         self._observe_current(range(self.num_envs))
         return self._current.read()
 
@@ -234,16 +223,19 @@ class InProcessVectorEnv(SO101VectorEnv):
             environment_states=states,
         )
 
-    def _observe_chunk_end(self, score: ChunkScore, live: NDArray[np.int64]) -> None:
+    def _observe_chunk_end(self, score: ChunkScore, live: NDArray[np.int64], next_seeds: Sequence[int] | None) -> None:
         """Renders what will be seen: last instants of truncated episodes, then the next one to decide on."""
         timed_out, ended = np.flatnonzero(score.truncated), np.flatnonzero(score.terminated | score.truncated)
         for env, observation in zip(timed_out.tolist(), self._observe(timed_out.tolist()), strict=True):
             self._final.write(env, observation)
             self._current.write(env, observation)
-        for env in ended.tolist() if self.autoreset else []:
-            self._start_episode(env, None)
-        self._ended[ended] = not self.autoreset
-        self._observe_current((live if self.autoreset else np.setdiff1d(live, timed_out)).tolist())
+        if next_seeds is None:
+            self._ended[ended] = True
+            live = np.setdiff1d(live, timed_out)
+        else:
+            for env in ended.tolist():
+                self._start_episode(env, next_seeds[env])
+        self._observe_current(live.tolist())
 
     def _observe_current(self, envs: Sequence[int]) -> None:
         for env, observation in zip(envs, self._observe(envs), strict=True):
@@ -255,8 +247,6 @@ class InProcessVectorEnv(SO101VectorEnv):
             self._renderer.close()
 
 
-def restored_generator(state: Mapping[str, Any]) -> np.random.Generator:
-    """A generator that goes on from `bit_generator.state`."""
-    rng = seeding.np_random(0)[0]
-    rng.bit_generator.state = dict(state)
-    return rng
+def episode_generator(seed: int) -> np.random.Generator:
+    """What the start of the episode of `seed` is drawn from, as gymnasium's `reset(seed=...)` makes it."""
+    return seeding.np_random(seed)[0]

@@ -15,7 +15,7 @@ from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import ChunkScore, EpisodeLog
 from so101_sim.scene import INTEGRATION_STATE, UnstableSimulationError
-from so101_sim.vector.base import InProcessVectorEnv
+from so101_sim.vector.base import InProcessVectorEnv, episode_generator
 
 MAX_RENDER_THREADS = 8
 
@@ -27,10 +27,8 @@ class BatchedVectorEnv(InProcessVectorEnv):
         num_threads: of physics and rendering; None uses every core, but no more than there are environments.
     """
 
-    def __init__(
-        self, config: EnvConfig, num_envs: int, autoreset: bool = True, num_threads: int | None = None
-    ) -> None:
-        super().__init__(config, num_envs, autoreset)
+    def __init__(self, config: EnvConfig, num_envs: int, num_threads: int | None = None) -> None:
+        super().__init__(config, num_envs)
         num_threads = num_threads or min(num_envs, os.cpu_count() or 1)
         self._batch = Batch(self.scene.model, num_envs, nthread=num_threads)
         self._data = mujoco.MjData(self.scene.model)
@@ -40,11 +38,11 @@ class BatchedVectorEnv(InProcessVectorEnv):
         if config.render_images:
             self._renderer = self.scene.make_parallel_renderer(min(num_threads, MAX_RENDER_THREADS))
 
-    def _reset_simulation(self, env: int, rng: np.random.Generator, seed: int | None) -> None:
-        self.scene.reset(self._data, rng)
+    def _start_episode(self, env: int, seed: int) -> None:
+        self.scene.reset(self._data, episode_generator(seed))
         self._integration[env] = self.scene.integration_state(self._data)
         self._rows[env] = self.scene.layout.row(self._data)
-        self._logs[env].begin_after(seed, self.scene.block_height(self._rows[env]))
+        self._logs[env].begin(seed, self.scene.block_height(self._rows[env]))
 
     def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
         rows = self._rows[list(envs)]

@@ -15,7 +15,6 @@ def make_vector_env(
     config: EnvConfig,
     num_envs: int,
     backend: str = "auto",
-    autoreset: bool = True,
     num_threads: int | None = None,
     viewer: bool = False,
 ) -> SO101VectorEnv:
@@ -23,8 +22,6 @@ def make_vector_env(
 
     Args:
         backend: "sequential", "subproc", "batched", or "auto": sequential for one environment, batched for more.
-        autoreset: start the next episode, drawn from the environment's own generator, when one ends. Off: an ended
-            environment is neither simulated nor rendered until `reset`.
         viewer: show the first environment of the sequential form in MuJoCo's window.
         num_threads: threads of the batched form, worker processes of the subproc form; None is one per core.
 
@@ -37,10 +34,10 @@ def make_vector_env(
     if backend == "auto":
         backend = "sequential" if num_envs == 1 else "batched"
     if backend == "sequential":
-        sequential = SequentialVectorEnv(config, num_envs, autoreset)
+        sequential = SequentialVectorEnv(config, num_envs)
         if viewer:
             sequential.open_viewer()
         return sequential
     if backend == "batched":
-        return BatchedVectorEnv(config, num_envs, autoreset, num_threads)
-    return SubprocVectorEnv(config, num_envs, autoreset, num_threads)
+        return BatchedVectorEnv(config, num_envs, num_threads)
+    return SubprocVectorEnv(config, num_envs, num_threads)

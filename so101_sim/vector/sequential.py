@@ -12,7 +12,7 @@ from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import ChunkScore, EpisodeLog
 from so101_sim.simulation import Simulation
-from so101_sim.vector.base import InProcessVectorEnv, ObservationBuffer
+from so101_sim.vector.base import InProcessVectorEnv, ObservationBuffer, episode_generator
 
 
 class SequentialVectorEnv(InProcessVectorEnv):
@@ -22,15 +22,14 @@ class SequentialVectorEnv(InProcessVectorEnv):
         self,
         config: EnvConfig,
         num_envs: int,
-        autoreset: bool = True,
         buffers: tuple[ObservationBuffer, ObservationBuffer] | None = None,
     ) -> None:
-        super().__init__(config, num_envs, autoreset, buffers)
+        super().__init__(config, num_envs, buffers)
         self._renderer = renderer = self.scene.make_renderer() if config.render_images else None
         self.simulations = [Simulation(self.scene, renderer) for _ in range(num_envs)]
 
-    def _reset_simulation(self, env: int, rng: np.random.Generator, seed: int | None) -> None:
-        self.simulations[env].start_episode(rng, seed)
+    def _start_episode(self, env: int, seed: int) -> None:
+        self.simulations[env].start_episode(episode_generator(seed), seed)
 
     def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
         return [self.simulations[env].observation() for env in envs]

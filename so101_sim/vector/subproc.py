@@ -48,9 +48,7 @@ class SubprocVectorEnv(SO101VectorEnv):
         RuntimeError: a worker failed, now or in a later call; its traceback is in the message.
     """
 
-    def __init__(
-        self, config: EnvConfig, num_envs: int, autoreset: bool = True, num_workers: int | None = None
-    ) -> None:
+    def __init__(self, config: EnvConfig, num_envs: int, num_workers: int | None = None) -> None:
         super().__init__(config, num_envs)
         if os.name != "posix":
             raise RuntimeError("the subproc backend needs a POSIX system: use backend='batched'")
@@ -63,46 +61,48 @@ class SubprocVectorEnv(SO101VectorEnv):
         self._pipes: list[Connection] = []
         try:
             for group in self._groups:
-                self._start_worker(group, autoreset)
+                self._start_worker(group)
             self._collect()  # wait until all have loaded the scene, so that errors appear here
         except BaseException:
             self.close()
             raise
 
-    def _start_worker(self, group: list[int], autoreset: bool) -> None:
+    def _start_worker(self, group: list[int]) -> None:
         ours, theirs = Pipe()
         files = (theirs.fileno(), self._memory)
         command = [sys.executable, "-c", _WORKER, str(Path(__file__).resolve().parents[2]), str(theirs.fileno())]
         self._workers.append(subprocess.Popen(command, pass_fds=files))
         theirs.close()
         self._pipes.append(ours)
-        ours.send((self.config, self.num_envs, group, autoreset, self._memory))
+        ours.send((self.config, self.num_envs, group, self._memory))
 
     def reset(self, seeds: Sequence[int]) -> Observation:
         """See `ChunkVectorEnv.reset`."""
         checked = self._check_seeds(seeds)
-        return self._observation(self._call("reset", [[checked[env] for env in group] for group in self._groups]))
+        return self._observation(self._call("reset", [([checked[env] for env in group],) for group in self._groups]))
 
-    def step_chunk(self, actions: ArrayLike) -> ChunkResult:
+    def step_chunk(self, actions: ArrayLike, next_seeds: Sequence[int] | None = None) -> ChunkResult:
         """See `ChunkVectorEnv.step_chunk`."""
-        values = self._check_actions(actions)
-        return self._merge(self._call("step_chunk", [values[group] for group in self._groups]))
+        values, following = self._check_actions(actions), None if next_seeds is None else self._check_seeds(next_seeds)
+        seeds = [None if following is None else [following[env] for env in group] for group in self._groups]
+        chunks = [(values[group], part) for group, part in zip(self._groups, seeds, strict=True)]
+        return self._merge(self._call("step_chunk", chunks))
 
     def get_state(self) -> dict[str, Any]:
         """See `ChunkVectorEnv.get_state`."""
-        states = self._call("get_state", [None] * len(self._groups))
+        states = self._call("get_state", [()] * len(self._groups))
         merged: dict[str, Any] = {
             name: np.concatenate([state[name] for state in states]) for name in ("integration", "rows", "ended")
         }
-        return merged | {name: [value for state in states for value in state[name]] for name in ("rngs", "episodes")}
+        return merged | {name: [value for state in states for value in state[name]] for name in ("episodes",)}
 
     def set_state(self, state: Mapping[str, Any]) -> Observation:
         """See `ChunkVectorEnv.set_state`."""
         self._check_state(state)
-        parts = [{name: [values[env] for env in group] for name, values in state.items()} for group in self._groups]
+        parts = [({name: [values[env] for env in group] for name, values in state.items()},) for group in self._groups]
         return self._observation(self._call("set_state", parts))
 
-    def _call(self, method: str, arguments: list[Any]) -> list[Any]:
+    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         if not self._pipes:
             raise RuntimeError("this vector environment is closed")
         for pipe, argument in zip(self._pipes, arguments, strict=True):
@@ -225,32 +225,30 @@ def worker_main(pipe_fd: str) -> None:
         return
     while True:
         try:
-            method, argument = pipe.recv()
+            method, arguments = pipe.recv()
         except EOFError:
             break
         try:
-            reply = ("ok", _serve(env, method, argument))
+            reply = ("ok", _serve(env, method, arguments))
         except Exception:  # raised again in the parent, by _collect
             reply = ("error", traceback.format_exc())
         pipe.send(reply)
     env.close()
 
 
-def _worker_env(
-    config: EnvConfig, num_envs: int, group: list[int], autoreset: bool, memory: int
-) -> SequentialVectorEnv:
+def _worker_env(config: EnvConfig, num_envs: int, group: list[int], memory: int) -> SequentialVectorEnv:
     rows = slice(group[0], group[-1] + 1)
     current, final = (
         ObservationBuffer(config, len(group), {camera: images[rows] for camera, images in bank.items()})
         for bank in _map_pixels(memory, config, num_envs)
     )
-    return SequentialVectorEnv(config, len(group), autoreset, (current, final))
+    return SequentialVectorEnv(config, len(group), (current, final))
 
 
-def _serve(env: SequentialVectorEnv, method: str, argument: Any) -> Any:
+def _serve(env: SequentialVectorEnv, method: str, arguments: tuple[Any, ...]) -> Any:
     if method == "get_state":
         return env.get_state()
-    result = getattr(env, method)(argument)
+    result = getattr(env, method)(*arguments)
     if isinstance(result, ChunkResult):
         final = result.final_observation
         return replace(

@@ -8,7 +8,8 @@ import torch
 from reinflow.credit import advantages_by_control_step, advantages_by_decision
 from reinflow.flow import ChainSpec, group_advantage
 from reinflow.ppo import ReturnNormalizer
-from reinflow.rollout import EncodedObservation, RolloutSettings, collect_rollout
+from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
+from reinflow.seeds import TrainingSeeds
 from tests.fakes import ReachEnv, make_policy
 from tests.reinflow.test_learner import SETTINGS, Loop
 
@@ -32,7 +33,7 @@ def clock_loop(terminate_at=None):
     """Episodes of two chunks of four steps, or of ``terminate_at`` steps, in three environments."""
     loop = Loop(WHITE, PER_STEP, num_envs=3)
     loop.env = ReachEnv(3, terminate_at, clock=True)
-    loop.cursor = EncodedObservation.of(loop.policy, loop.env.reset(range(3)))
+    loop.current = RolloutState.start(loop.policy, loop.env, loop.seeds)
     loop.policy.value = clock
     return loop
 
@@ -78,9 +79,9 @@ def test_chunks_of_one_step_have_the_credit_of_their_decisions(terminal):
     policy = make_policy(chunk=1)
     policy.value = clock
     env, settings = ReachEnv(5, clock=True), RolloutSettings(0.9, "control_step", terminal, "control_step")
-    cursor = EncodedObservation.of(policy, env.reset(range(5)))
-    generator = torch.Generator().manual_seed(0)
-    buffer, _, _ = collect_rollout(policy, env, cursor, 6, WHITE, settings, ReturnNormalizer(), generator)
+    seeds = TrainingSeeds(0)
+    start = RolloutState.start(policy, env, seeds)
+    buffer, _, _ = collect_rollout(policy, env, start, 6, WHITE, settings, ReturnNormalizer(), seeds)
     by_decision = advantages_by_decision(buffer, 0.8)
     by_step = credit_of(buffer, policy, gae_lambda=0.8, time_limit_is_terminal=terminal)
     assert torch.allclose(by_step.advantage[..., 0], by_decision.advantage, atol=1e-6)
@@ -112,7 +113,7 @@ def test_a_rollout_without_states_is_refused():
     assert buffer.states is None
     with pytest.raises(ValueError, match="holds no control steps"):
         credit_of(buffer, loop.policy)
-    loop.cursor.state = None
+    loop.current.state = None
     loop.rollout_settings = replace(loop.rollout_settings, credit="control_step")
     with pytest.raises(ValueError, match="environment_state=True"):
         loop.rollout(2)

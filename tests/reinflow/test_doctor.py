@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from reinflow import UserError
 from reinflow.doctor import REPEAT_AFTER, Doctor, diagnose, doctor_markdown
@@ -14,7 +13,8 @@ from reinflow.doctor import RULES as GENERAL
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.metrics import METRICS_FILE, read_metrics
-from reinflow.rollout import EncodedObservation, RolloutSettings, collect_rollout
+from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
+from reinflow.seeds import TrainingSeeds
 from reinflow_so101.commands import doctor as doctor_command
 from reinflow_so101.doctor_rules import RULES
 from tests.fakes import ReachEnv, clone_half_the_way, make_policy
@@ -91,12 +91,13 @@ def train_fake(config, iterations=8):
     spec = ChainSpec(1, config["log_prob_reduction"])
     settings = LearnerSettings(**{name: config[name] for name in LearnerSettings.__dataclass_fields__})
     learner, env = PPOLearner(policy, spec, settings, 0), ReachEnv(64, action_dim=6)
-    generator, cursor = torch.Generator().manual_seed(0), EncodedObservation.of(policy, env.reset(range(64)))
+    seeds = TrainingSeeds(0)
+    current = RolloutState.start(policy, env, seeds)
     rows = []
     for iteration in range(1, iterations + 1):
-        buffer, info, cursor = collect_rollout(
-            policy, env, cursor, 2, spec, RolloutSettings(0.99, "control_step", config["time_limit_is_terminal"]),
-            learner.normalizer, generator,
+        buffer, info, current = collect_rollout(
+            policy, env, current, 2, spec, RolloutSettings(0.99, "control_step", config["time_limit_is_terminal"]),
+            learner.normalizer, seeds,
         )  # fmt: skip
         rows.append(learner.update(buffer) | {
             "progress/iteration": float(iteration),

@@ -60,7 +60,7 @@ class FakeVectorEnv:
         images = np.broadcast_to(level[:, None, None, None], (self.num_envs, 9, 7, 3))
         return {"pixels": {"up": images, "wrist": images // 2}, "seeds": np.array(self.seeds)}
 
-    def step_chunk(self, actions):
+    def step_chunk(self, actions, next_seeds=None):
         num_steps = actions.shape[1]
         self.pieces.append(num_steps)
         rewards, active = np.zeros((self.num_envs, num_steps)), np.zeros((self.num_envs, num_steps), dtype=bool)
@@ -85,7 +85,7 @@ class FakeVectorEnv:
         return SimpleNamespace(observation=self._observation(), rewards=rewards, active=active, episodes=episodes)
 
 
-def act(observation):
+def act(observation, _seeds, _decision):
     """Three actions: the seed, then smaller."""
     seeds = observation["seeds"].astype(float)
     return np.stack([seeds, seeds - 1, seeds - 2], axis=1)[:, :, None]
@@ -123,7 +123,7 @@ def test_frames_come_after_every_piece_and_change_no_trajectory():
 
 
 def test_environments_that_reset_by_themselves_are_refused():
-    with pytest.raises(EvaluationError, match="autoreset=False"):
+    with pytest.raises(EvaluationError, match="given no seed"):
         evaluate(act, FakeVectorEnv(2, autoreset=True), [0, 6])
 
 

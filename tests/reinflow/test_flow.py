@@ -20,7 +20,8 @@ def sample(policy, spec, batch=16, seed=0, deterministic=False):
     generator = torch.Generator().manual_seed(seed)
     context = {"state": torch.randn(batch, STATE_DIM, generator=generator)}
     noise = torch.randn(batch, CHUNK, ACTION_DIM, generator=generator)
-    return context, sample_chain(policy, context, spec, noise, generator, deterministic)
+    eps = torch.randn(batch, *spec.noise_shape(CHUNK, ACTION_DIM), generator=generator)
+    return context, sample_chain(policy, context, spec, noise, None if deterministic else eps)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

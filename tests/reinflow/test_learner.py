@@ -5,7 +5,8 @@ import torch
 
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner, RatioGuardError, _advantage_metrics, full_batches
-from reinflow.rollout import EncodedObservation, RolloutSettings, chunk_return, collect_rollout
+from reinflow.rollout import RolloutSettings, RolloutState, chunk_return, collect_rollout, encode
+from reinflow.seeds import TrainingSeeds
 from tests.fakes import ReachEnv, clone_half_the_way, make_policy
 
 SETTINGS = LearnerSettings(
@@ -30,20 +31,20 @@ class Loop:
         self.rollout_settings = RolloutSettings(
             settings.gamma, "control_step", settings.time_limit_is_terminal, settings.credit
         )
-        self.generator = torch.Generator().manual_seed(seed)
-        self.cursor = EncodedObservation.of(self.policy, self.env.reset(range(seed, seed + num_envs)))
+        self.seeds = TrainingSeeds(seed)
+        self.current = RolloutState.start(self.policy, self.env, self.seeds)
 
     def rollout(self, steps=4):
-        buffer, info, self.cursor = collect_rollout(
-            self.policy, self.env, self.cursor, steps, self.spec, self.rollout_settings,
-            self.learner.normalizer, self.generator,
+        buffer, info, self.current = collect_rollout(
+            self.policy, self.env, self.current, steps, self.spec, self.rollout_settings,
+            self.learner.normalizer, self.seeds,
         )  # fmt: skip
         return buffer, info
 
     def learn(self, iterations):
         """From half of the way on; mean return of every iteration, and the metrics of the last."""
         clone_half_the_way(self.policy)
-        self.cursor = EncodedObservation.of(self.policy, self.env._observe())
+        self.current.context = encode(self.policy, self.env._observe())
         returns = []
         for _ in range(iterations):
             buffer, info = self.rollout()
@@ -73,7 +74,7 @@ def test_natural_step_spends_its_kl_and_learns():
     })  # fmt: skip
     loop = Loop(ChainSpec(1, "dim", "dct", 2), settings, num_envs=128)
     clone_half_the_way(loop.policy)
-    loop.cursor = EncodedObservation.of(loop.policy, loop.env._observe())
+    loop.current.context = encode(loop.policy, loop.env._observe())
     returns = []
     for _ in range(25):
         buffer, info = loop.rollout()
@@ -188,7 +189,7 @@ def test_time_limit_looks_at_the_final_observation():
     buffer, _ = loop.rollout(2)
     assert buffer.truncated[1].all() and not buffer.truncated[0].any()
     assert torch.allclose(buffer.next_value[1], torch.as_tensor(states[0], dtype=torch.float32), atol=1e-6)
-    assert not torch.allclose(buffer.next_value[1], loop.policy.value(loop.cursor.context))
+    assert not torch.allclose(buffer.next_value[1], loop.policy.value(loop.current.context))
 
 
 def test_metrics_say_what_rewards_explain_and_what_the_critic_adds():

@@ -68,7 +68,7 @@ def test_noise_free_chain_is_eulers_and_ends_at_the_predicted_action(observation
     with torch.no_grad():
         context = policy.encode(policy.preprocess(observation))
         x_t = torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(0))
-        drawn = sample_chain(policy, context, ChainSpec(k), x_t, torch.Generator(), deterministic=True)
+        drawn = sample_chain(policy, context, ChainSpec(k), x_t)
         for step in range(k):
             flow_time = torch.full((4,), 1 - step / k)
             x_t = x_t - policy.velocity(context, x_t, flow_time)[0] / k
@@ -84,7 +84,8 @@ def test_ratio_is_one_and_the_gradient_reaches_what_is_trained(observation):
     with torch.no_grad():
         context = policy.encode(policy.preprocess(observation))
         generator = torch.Generator().manual_seed(0)
-        drawn = sample_chain(policy, context, spec, torch.randn(4, 50, 6, generator=generator), generator)
+        x_0, eps = (torch.randn(4, *shape, generator=generator) for shape in ((50, 6), spec.noise_shape(50, 6)))
+        drawn = sample_chain(policy, context, spec, x_0, eps)
     score = chain_log_prob(policy, context, drawn.chain, spec)
     assert (score.log_prob - drawn.log_prob).exp().sub(1).abs().max() < 1e-4
     (score.log_prob.sum() + policy.value(context).sum()).backward()

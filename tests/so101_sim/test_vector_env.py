@@ -73,23 +73,24 @@ def plans(seeds: list[int], config: EnvConfig = BLIND) -> np.ndarray:
     return actions
 
 
-def run(env: SO101VectorEnv, seeds: list[int], actions: np.ndarray, n: int = CHUNK) -> list[Any]:
+def run(env: SO101VectorEnv, seeds: list[int], actions: np.ndarray, n: int = CHUNK, restart: bool = True) -> list[Any]:
     """Everything that can be seen of an environment along some chunks."""
     seen: list[Any] = [env.reset(seeds), env.get_state()]
     for start in range(0, actions.shape[1] - n + 1, n):
-        seen += [env.step_chunk(actions[:, start : start + n]), env.get_state()]
+        following = [seed + 100 * (start + 1) for seed in seeds] if restart else None
+        seen += [env.step_chunk(actions[:, start : start + n], following), env.get_state()]
     return seen
 
 
-@pytest.mark.parametrize("autoreset", [True, False])
-def test_forms_agree_to_the_last_bit(autoreset: bool) -> None:
+@pytest.mark.parametrize("restart", [True, False])
+def test_forms_agree_to_the_last_bit(restart: bool) -> None:
     seeds = [11, 12, 13]
     actions = plans(seeds)
     seen = {}
     for form in FORMS:
-        with make(form, autoreset=autoreset) as env:
-            seen[form] = run(env, seeds, actions)
-            if autoreset:
+        with make(form) as env:
+            seen[form] = run(env, seeds, actions, restart=restart)
+            if restart:
                 seen[form] += run(env, seeds[::-1], actions[:, :CHUNK])  # a second reset
     assert_same(seen["sequential"], seen["batched"])
     assert_same(seen["sequential"], seen["subproc"])
@@ -167,10 +168,10 @@ def test_vector_rows_are_single_environments() -> None:
         single.close()
 
 
-def test_without_autoreset_ended_environments_stay(blind_run: list[ChunkResult]) -> None:
+def test_without_a_next_seed_ended_environments_stay(blind_run: list[ChunkResult]) -> None:
     seeds = [11, 12, 13]
-    with make("batched", BLIND, autoreset=False) as env:
-        results = [item for item in run(env, seeds, plans(seeds)) if isinstance(item, ChunkResult)]
+    with make("batched", BLIND) as env:
+        results = [item for item in run(env, seeds, plans(seeds), restart=False) if isinstance(item, ChunkResult)]
         assert results[-1].terminated[1] or not results[-1].active[1].any()
         after = env.step_chunk(np.zeros((NUM_ENVS, 5, 6)))
         assert not after.active.any()
