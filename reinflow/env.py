@@ -26,6 +26,20 @@ class Observation(TypedDict, total=False):
     task: list[str]  # N instructions
 
 
+def take_rows(observation: Observation, rows: NDArray[np.int64]) -> Observation:
+    """The chosen rows (M,) of an observation, in their order."""
+    taken: Observation = {}
+    if "pixels" in observation:
+        taken["pixels"] = {view: images[rows] for view, images in observation["pixels"].items()}
+    if "agent_pos" in observation:
+        taken["agent_pos"] = observation["agent_pos"][rows]
+    if "environment_state" in observation:
+        taken["environment_state"] = observation["environment_state"][rows]
+    if "task" in observation:
+        taken["task"] = [observation["task"][row] for row in rows.tolist()]
+    return taken
+
+
 @dataclass(frozen=True)
 class Extra:
     """A figure that an environment reports of every episode besides return, length and success."""

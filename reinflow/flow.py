@@ -50,7 +50,7 @@ class ChainSpec:
         noise_last_step_only: draw noise in the last denoising step only; the earlier ones are deterministic.
     """
 
-    num_denoising_steps: int
+    num_denoising_steps: int = 1
     reduction: Reduction = "chunk"
     noise_basis: NoiseBasis = "white"
     num_noise_coefficients: int = 5

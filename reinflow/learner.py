@@ -29,28 +29,28 @@ class RatioGuardError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """Everything the update needs; the defaults live in TrainingConfig, which says why under each."""
+    """Everything the update needs. TrainingConfig says why under each; a test holds the defaults equal to its own."""
 
-    policy_optimizer: Literal["adam", "natural"]
-    natural_damping: float
-    natural_momentum: float
-    policy_lr: float
-    critic_lr: float
-    clip_epsilon: float
-    target_kl: float
-    undo_overshoot: bool
-    num_ppo_epochs: int
-    num_critic_epochs: int
-    minibatch_size: int
-    gradient_accumulation_steps: int
-    gamma: float
-    gae_lambda: float
-    credit: CreditPer
-    time_limit_is_terminal: bool
-    value_clip_epsilon: float
-    entropy_coeff: float
-    anchor_coeff: float
-    grad_clip_norm: float
+    policy_optimizer: Literal["adam", "natural"] = "adam"
+    natural_damping: float = 0.1
+    natural_momentum: float = 0.5
+    policy_lr: float = 3e-6
+    critic_lr: float = 1e-4
+    clip_epsilon: float = 0.15
+    target_kl: float = 0.1
+    undo_overshoot: bool = False
+    num_ppo_epochs: int = 5
+    num_critic_epochs: int = 5
+    minibatch_size: int = 8
+    gradient_accumulation_steps: int = 15
+    gamma: float = 0.999
+    gae_lambda: float = 0.95
+    credit: CreditPer = "decision"
+    time_limit_is_terminal: bool = False
+    value_clip_epsilon: float = 0.2
+    entropy_coeff: float = 0.0
+    anchor_coeff: float = 0.0
+    grad_clip_norm: float = 0.25
 
     @property
     def batch_size(self) -> int:

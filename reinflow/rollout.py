@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
+from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation, take_rows
 from reinflow.evaluate import Act
 from reinflow.flow import ChainSample, ChainSpec, sample_chain
 from reinflow.noise import episode_noise
@@ -22,6 +22,7 @@ from reinflow.seeds import TrainingSeeds
 
 DiscountPer = Literal["control_step", "chunk"]
 CreditPer = Literal["decision", "control_step"]
+ROW_BLOCK = 4
 
 
 @dataclass
@@ -122,9 +123,9 @@ class RolloutSettings:
     ``credit``: "control_step" keeps the simulator's state and the reward of every control step.
     """
 
-    gamma: float
-    discount_per: DiscountPer
-    time_limit_is_terminal: bool
+    gamma: float = 0.999
+    discount_per: DiscountPer = "control_step"
+    time_limit_is_terminal: bool = False
     credit: CreditPer = "decision"
 
 
@@ -247,10 +248,17 @@ def act(
 
 
 def noise_free_actor(policy: FlowPolicy, spec: ChainSpec) -> Act:
-    """The policy by the chain with zero noise, which is LeRobot's own sampler; x_0 follows from seed and decision."""
+    """The policy by the chain with zero noise, which is LeRobot's own sampler; x_0 follows from seed and decision.
+
+    Rows are repeated to a multiple of ROW_BLOCK: a matrix product rounds those that do not fill a block of its kernel
+    in another way, and a contact can turn on the last digit of an action.
+    """
 
     def act_noise_free(observation: Observation, seeds: Sequence[int], decision: int) -> np.ndarray:
-        return act(policy, encode(policy, observation), spec, seeds, [decision] * len(seeds), explore=False)[1]
+        rows = np.arange(-(-len(seeds) // ROW_BLOCK) * ROW_BLOCK) % len(seeds)
+        context = encode(policy, take_rows(observation, rows))
+        playing = [seeds[row] for row in rows.tolist()]
+        return act(policy, context, spec, playing, [decision] * len(rows), explore=False)[1][: len(seeds)]
 
     return act_noise_free
 

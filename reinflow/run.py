@@ -33,12 +33,12 @@ CONFIG_FILE = "config.json"
 class RunSettings:
     """How long a run goes on and what it leaves behind; intervals count episodes, rounded up to whole iterations."""
 
-    num_episodes: int
-    save_interval: int
-    keep_checkpoints: int
-    log_interval: int
+    num_episodes: int = 20_000
+    save_interval: int = 10
+    keep_checkpoints: int = 3
+    log_interval: int = 1
     wandb_mode: WandbMode = "off"
-    wandb_project: str = "reinflow"
+    wandb_project: str = "reinflow-smolvla"
     seed: int = 0
     eval_seed: int = FIRST_TUNING_SEED  # training episodes have seeds below it
 

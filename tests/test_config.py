@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +74,17 @@ BAD = [
 
 def test_seed_names_and_defaults():
     assert {name: getattr(TrainingConfig(), name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
+
+
+def test_settings_classes_below_have_the_documented_defaults():
+    """The numbers stand in TrainingConfig; where a room repeats one, for whoever takes it alone, it is the same."""
+    documented = TrainingConfig()
+    cameras_and_modes = {"model_path", "wandb_mode"}  # None there means the scene that stands in model_path here
+    rooms = (documented.env(), documented.chain(), documented.rollout(), documented.learner(), documented.run())
+    for settings in rooms:
+        for field in fields(settings):
+            if field.default is not MISSING and field.name not in cameras_and_modes:
+                assert getattr(settings, field.name) == field.default, (type(settings).__name__, field.name)
 
 
 @pytest.mark.parametrize(("field", "changes"), BAD, ids=lambda x: x if isinstance(x, str) else "")

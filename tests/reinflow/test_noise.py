@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from reinflow.env import ChunkVectorEnv
+from reinflow.env import ChunkVectorEnv, take_rows
 from reinflow.flow import ChainSpec
 from reinflow.noise import episode_noise
 from reinflow.ppo import ReturnNormalizer
-from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
+from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout, noise_free_actor
 from reinflow.seeds import FIRST_TUNING_SEED, PASS, TrainingSeeds
 from tests.fakes import ReachEnv, make_policy
 
@@ -68,3 +68,17 @@ def test_any_number_of_environments_plays_the_same_training_episodes():
     episodes = play(ReachEnv(12), 2)
     assert len(episodes) == 12
     assert play(ReachEnv(1), 24) == play(ReachEnv(3), 8) == play(ReachEnv(4), 6) == episodes
+
+
+def test_a_noise_free_actor_gives_a_row_the_same_actions_among_any_number_of_others():
+    """Real products of matrices: alone, or with a few, a row would take another kernel's rounding."""
+    policy, rng = make_policy(action_dim=6, chunk=50), np.random.default_rng(0)
+    act = noise_free_actor(policy, ChainSpec(2))
+    observation, seeds = {"environment_state": rng.normal(size=(64, 7)).astype(np.float32)}, list(range(64))
+    together = act(observation, seeds, 1)
+    for num in (1, 3, 7):
+        parts = [
+            act(take_rows(observation, np.arange(i, min(i + num, 64))), seeds[i : i + num], 1)
+            for i in range(0, 64, num)
+        ]
+        assert np.array_equal(np.concatenate(parts), together), num
