@@ -87,8 +87,8 @@ def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> 
     if "--episodes-per-iteration" in flags:
         per_iteration = int(flags[flags.index("--episodes-per-iteration") + 1])
     if not (directory / "done").exists():
-        run_script(
-            "train_reinflow.py", out / f"{directory.name}.log", "--preset", "flow_mlp", "--no-wandb",
+        run_command(
+            "train_reinflow", out / f"{directory.name}.log", "--preset", "flow_mlp", "--no-wandb",
             "--seed", str(seed), "--episodes", str(episodes), "--report-episodes", "0",
             "--eval-interval", str(episodes // per_iteration), "--eval-seed", str(EVAL_SEED),
             "--eval-episodes", str(eval_episodes), "--flow-mlp-pretrained-path", starting_policy(lever, out),
@@ -98,13 +98,13 @@ def run(lever: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> 
     return directory
 
 
-def run_script(script: str, log: Path, *flags: str) -> None:
+def run_command(module: str, log: Path, *flags: str) -> None:
     """Run one of the project's commands, its output to ``log``."""
     with log.open("w") as file:
-        command = [sys.executable, str(ROOT / script), *flags]
+        command = [sys.executable, "-c", f"from {module} import main; main()", *flags]
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
     if code:
-        raise SystemExit(f"{script} failed: see {log}")
+        raise SystemExit(f"{module} failed: see {log}")
 
 
 def starting_policy(lever: str, out: Path) -> str:
@@ -116,7 +116,8 @@ def starting_policy(lever: str, out: Path) -> str:
     policy = out / f"start_{chunk}"
     if not (policy / "sft.json").exists():
         log = out / f"{policy.name}.log"
-        run_script("sft_flow_mlp.py", log, "--output-dir", str(policy), "--chunk-size", chunk, "--eval-episodes", "0")
+        flags = ["--output-dir", str(policy), "--chunk-size", chunk, "--eval-episodes", "0"]
+        run_command("reinflow_so101.stages.sft_flow_mlp", log, *flags)
     return str(policy)
 
 
@@ -126,8 +127,8 @@ def start_success(lever: str, out: Path, eval_episodes: int) -> float:
     steps = flags[flags.index("--num-denoising-steps") + 1] if "--num-denoising-steps" in flags else "1"
     result = out / f"eval_{Path(policy).name}_K{steps}_{eval_episodes}"
     if not (result / "eval_info.json").exists():
-        run_script(
-            "reinflow_eval.py", out / f"{result.name}.log", "--output-dir", str(result), "--seed", str(EVAL_SEED),
+        run_command(
+            "reinflow_so101.commands.evaluate", out / f"{result.name}.log", "--output-dir", str(result), "--seed", str(EVAL_SEED),
             "--policy-path", "flow_mlp" if policy == "embedded" else policy, "--episodes", str(eval_episodes),
             "--num-denoising-steps", steps, "--num-parallel-envs", "64",
         )  # fmt: skip

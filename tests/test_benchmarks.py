@@ -177,3 +177,11 @@ def test_gpu_script_says_what_is_missing():
 @pytest.mark.slow
 def test_ablation(tmp_path):
     assert "| baseline |" in run("ablation.py", "--quick", "--output-dir", str(tmp_path))
+
+
+def test_outcomes_depend_on_policy_and_seed_alone(tmp_path):
+    """The state-based policy: any number of environments and any vector form give the same episodes."""
+    rows = quick("batch_invariance", tmp_path)[""]
+    assert len(rows) == 6 and {row["form"] for row in rows} == {"batched", "sequential", "subproc"}
+    assert all(row["same outcome"] == row["episodes"] for row in rows)
+    assert len({row["success"] for row in rows}) == 1

@@ -67,3 +67,29 @@ def test_wheel_holds_the_packages_and_the_five_files_and_nothing_else(installed)
 
 def test_metrics_page_is_the_table():
     assert metrics_markdown(EXTRAS) in (ROOT / "notes/metrics.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_trains_and_evaluates_from_another_folder(tmp_path):
+    """The wheel with its dependencies and nothing else: minutes, and gigabytes, of installation."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    run(sys.executable, "-m", "venv", "fresh")
+    commands = tmp_path / "fresh/bin"
+    run(str(commands / "pip"), "install", "-q", str(wheel))
+    small = ["--parallel-envs", "2", "--episodes-per-iteration", "2", "--minibatch-size", "6", "--episodes", "4"]
+    small += ["--gradient-accumulation-steps", "1", "--eval-interval", "1", "--eval-episodes", "2"]
+    small += ["--report-episodes", "2", "--num-critic-epochs", "1", "--no-wandb", "--output-dir", "run"]
+    assert "after training" in run(str(commands / "reinflow-train"), "--preset", "tiny", *small)
+    evaluation = ["--policy-path", "run", "--episodes", "2", "--output-dir", "evaluation"]
+    assert "95 % interval" in run(str(commands / "reinflow-eval"), *evaluation)
+    assert "run: 2 iterations, healthy" in run(str(commands / "reinflow-doctor"), "run")

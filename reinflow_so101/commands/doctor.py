@@ -51,13 +51,13 @@ def examine(run_dir: Path) -> str:
     history = History(rows, config)
     checked = ", ".join(rule.name for rule in RULES if rule.can_judge(history))
     silent = ", ".join(rule.name for rule in RULES if not rule.can_judge(history))
-    if history.config.absent:
-        raise UserError(f"{run_dir} was written by another version: it lacks {sorted(history.config.absent)}")
+    notes = [f"too few iterations, metrics or settings for: {silent}"] if silent else []
+    if history.config.absent:  # another robot's run, or another version's
+        notes.append(f"settings that its config.json lacks: {', '.join(sorted(history.config.absent))}")
     if findings:
         count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings, the most fundamental first"
         return "\n\n".join([f"{run_dir}: {len(rows)} iterations, {count}", *map(str, findings)])
-    lines = [f"{run_dir}: {len(rows)} iterations, healthy", f"checked: {checked or 'nothing'}"]
-    return "\n".join(lines + ([f"too few iterations or metrics for: {silent}"] if silent else []))
+    return "\n".join([f"{run_dir}: {len(rows)} iterations, healthy", f"checked: {checked or 'nothing'}", *notes])
 
 
 def parse_args(argv: Sequence[str]) -> DoctorConfig:

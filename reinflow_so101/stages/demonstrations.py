@@ -227,7 +227,3 @@ def main() -> None:
 
     config = tyro.cli(DemoConfig, description=DemoConfig.__doc__)
     run_command("reinflow-demos", lambda: record(config))
-
-
-if __name__ == "__main__":
-    main()

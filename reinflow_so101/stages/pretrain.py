@@ -481,7 +481,3 @@ def main() -> None:
 
     config = tyro.cli(PretrainConfig, description=PretrainConfig.__doc__)
     run_command("reinflow-pretrain", lambda: print(json.dumps(pretrain(config), indent=2)))
-
-
-if __name__ == "__main__":
-    main()

@@ -253,7 +253,3 @@ def main() -> None:
     import tyro
 
     run_command("reinflow-sft-mlp", lambda: finetune(tyro.cli(FlowMlpSftConfig, description=__doc__)))
-
-
-if __name__ == "__main__":
-    main()

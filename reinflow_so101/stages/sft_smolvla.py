@@ -475,7 +475,3 @@ def main() -> None:
 
     config = tyro.cli(SftConfig, description=SftConfig.__doc__)
     run_command("reinflow-sft", lambda: finetune(config))
-
-
-if __name__ == "__main__":
-    main()

@@ -100,7 +100,7 @@ class SO101VectorEnv(ChunkVectorEnv):
 
 
 class InProcessVectorEnv(SO101VectorEnv):
-    """What the forms in this process share: results, episodes, autoreset. Subclasses hold and step the simulations.
+    """What the forms in this process share: results, episodes, restarts. Subclasses hold and step the simulations.
 
     Args:
         buffers: where the current and the final observations are kept; None allocates.

@@ -1,12 +1,15 @@
 """reinflow-eval on policies that are not ours, and its refusals."""
 
 import json
+import re
 
 import pytest
 
 from reinflow import ConfigError
+from reinflow_so101.command_line import field_docs
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
 from reinflow_so101.policy_card import stored_env
+from so101_sim.config import EnvConfig
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,22 @@ def test_what_is_no_policy_is_named(tmp_path):
         find_policy(str(tmp_path))
     with pytest.raises(ConfigError, match="episodes"):
         run_eval(EvalConfig(policy_path="x", output_dir=str(tmp_path), episodes=0))
+
+
+def test_help_says_of_every_field_what_that_field_is(capsys):
+    """Each option's own text, between its name and the next one's."""
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    parts = [part.strip() for part in re.split(r"(?= --[a-z])", shown)]
+    options = {part.split(" ", 1)[0].rstrip(","): part for part in parts}
+    for kind, prefix in ((EvalConfig, "--"), (EnvConfig, "--env.")):
+        for name, text in field_docs(kind).items():
+            if name == "env":  # the heading of its own group
+                assert text in shown
+                continue
+            flag = name.replace("_", "-")
+            option = options[prefix + flag]
+            if " " not in option:  # a switch: the text stands with its opposite
+                option = options[f"{prefix}no-{flag}"]
+            assert text in option, (name, option)
