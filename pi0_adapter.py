@@ -16,7 +16,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from reinflow.policy import Context
+from reinflow.policy import Context, PolicyError
 from reinflow_vla.base import Prefix, ReinFlowVLA
 from reinflow_vla.lora import adapters, add_adapters, merged_adapters
 from reinflow_vla.pi0_directory import export_pi0, load_pi0
@@ -68,7 +68,7 @@ class ReinFlowPi0(ReinFlowVLA):
 
     def check_n_action_steps(self, n_action_steps: int, chunk_size: int) -> None:
         if n_action_steps != chunk_size:
-            raise ValueError(
+            raise PolicyError(
                 f"n_action_steps={n_action_steps} is not the policy's chunk_size={chunk_size}: Pi0's action tokens see "
                 "each other in both directions, so it executes all that it predicts; set n_action_steps to it"
             )

@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import EpisodeLog
-from so101_sim.renderer import SceneRenderer
 from so101_sim.scene import PickScene
 from so101_sim.simulation import Simulation
 
@@ -37,7 +36,6 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
     Args:
         config: None for the defaults.
         render_mode: None or "rgb_array".
-        renderer: one to share between environments of the same scene; None makes one at the first image.
         overrides: fields of `EnvConfig`, for `gymnasium.make("so101/SO101Pick-v0", randomize_block=True)`.
     """
 
@@ -47,16 +45,13 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
         self,
         config: EnvConfig | None = None,
         render_mode: str | None = None,
-        *,
-        scene: PickScene | None = None,
-        renderer: SceneRenderer | None = None,
         **overrides: Any,
     ) -> None:
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode is {render_mode!r}: use None or 'rgb_array'")
         self.config = replace(config or EnvConfig(), **overrides)
-        self.scene = scene or PickScene(self.config)
-        self.simulation = Simulation(self.scene, renderer)
+        self.scene = PickScene(self.config)
+        self.simulation = Simulation(self.scene)
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "render_fps": round(1.0 / self.scene.control_period_s)}
         self.task = self.task_description = self.config.instruction
@@ -140,7 +135,7 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
         return self.simulation.observation()
 
     def close(self) -> None:
-        """Frees the renderer, unless it is shared, and closes the viewer."""
+        """Frees the renderer and closes the viewer."""
         self.simulation.close()
 
 

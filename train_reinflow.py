@@ -12,7 +12,6 @@ rollout, update, evaluate. The algorithm's rooms are in reinflow/, the arm is in
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -26,9 +25,17 @@ import tyro
 
 from reinflow import run_command
 from reinflow.schedules import in_critic_warmup, linear_decay, noise_bounds, warmup_lr
-from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, config_from_json, config_to_json, cut
+from reinflow.settings import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_same_settings,
+    config_to_json,
+    cut,
+    refuse_existing_run,
+)  # fmt: skip
 from reinflow_so101.checks import check_config
-from reinflow_so101.command_line import check_resumed, parse_flags, run_directory, starting_point
+from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, parse_flags, saved_config, starting_point
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help takes half a second
@@ -49,7 +56,7 @@ class TrainingConfig:
 
     # --- What is trained -------------------------------------------------------------------------------------------
     preset: Literal["smolvla", "pi0", "tiny", "tiny-pi0", "flow_mlp"] = "smolvla"
-    """Which set of defaults the other flags start from; see PRESETS below this class."""
+    """Which set of defaults the other flags start from; they are PRESETS in train_reinflow.py."""
     model_type: Literal["smolvla", "pi0", "flow_mlp"] = "smolvla"
     """Policy family. pi0 is Pi0 or Pi0.5, as the policy says; flow_mlp sees the simulator's state and no images."""
     pretrained_path: str = "lerobot/smolvla_base"
@@ -152,7 +159,7 @@ class TrainingConfig:
     sigma_min: Annotated[float, POSITIVE] = 0.25
     """Smallest std of the exploration noise, in normalised action units."""
     sigma_max: Annotated[float, POSITIVE] = 0.50
-    """Largest."""
+    """Largest std of the exploration noise, as noise_schedule lets it fall."""
     noise_schedule: Literal["hold_cosine", "constant", "linear", "exponential"] = "hold_cosine"
     """How sigma_max falls over training."""
     noise_decay_start: Annotated[float, FRACTION] = 1.0
@@ -200,7 +207,7 @@ class TrainingConfig:
     block_angle_deg: float = 30.0
     """A random block lies within +- this about straight ahead."""
     block_yaw_deg: float = 0.4 * 180 / PI
-    """And is turned by up to +- this."""
+    """A random block is turned by up to +- this."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
     """Cameras to render; the policy's must be among them."""
     image_size: Annotated[int, POSITIVE] = 256
@@ -323,7 +330,7 @@ class TrainingConfig:
 
     @property
     def policy_path(self) -> str:
-        """The checkpoint that model_type asks for."""
+        """The policy that model_type asks for."""
         paths = {
             "smolvla": self.pretrained_path,
             "pi0": self.pi0_pretrained_path,
@@ -478,12 +485,12 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
 def play(policy: FlowPolicy, config: TrainingConfig, first_seed: int, episodes: int) -> EvalResult:
     """Noise-free episodes on ``episodes`` seeds, by the policy object that acts in rollouts."""
     from reinflow.evaluate import evaluate_seeds
-    from reinflow.rollout import noise_free_actor
+    from reinflow.rollout import ROW_BLOCK, noise_free_actor
     from so101_sim.vector.make import make_vector_env
 
     act = noise_free_actor(policy, config.chain())
     make_env = partial(make_vector_env, config.env())
-    return evaluate_seeds(act, make_env, first_seed, episodes, config.num_parallel_envs)
+    return evaluate_seeds(act, make_env, first_seed, episodes, max(config.num_parallel_envs, ROW_BLOCK))
 
 
 # --- Opening a run ----------------------------------------------------------------------------------------------------
@@ -494,9 +501,11 @@ def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     if config.resume:
         run_dir = Path(config.output_dir)
-        check_resumed(config, saved_config(run_dir))
+        saved = config_to_json(saved_config(run_dir, TrainingConfig))
+        check_same_settings(config_to_json(config), saved, CHANGEABLE_ON_RESUME)
     else:
-        run_dir = run_directory(config.output_dir, f"outputs/train/{stamp}_{config.preset}")
+        run_dir = Path(config.output_dir or f"outputs/train/{stamp}_{config.preset}")
+        refuse_existing_run(run_dir)
         if config.auto_scale:
             from reinflow_so101.auto_scale import auto_scale
 
@@ -512,7 +521,7 @@ def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run
 
     from reinflow.learner import PPOLearner
     from reinflow.run import Run
-    from reinflow_so101.command_line import pick_device
+    from reinflow_so101.command_line import pick_device, this_command
     from reinflow_so101.doctor_rules import RULES
     from reinflow_so101.policy_card import policy_card
     from so101_sim.vector.make import make_vector_env
@@ -530,8 +539,8 @@ def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run
     print(f"policy on {device}, {torch.get_num_threads()} torch threads; {env.num_envs} environments on {cores} cores")
     run = Run(
         run_dir, policy, env, learner, config.run(), config_to_json(config),
-        rules=RULES, policy_card=policy_card(config.env()),
-        resume_command=f"python train_reinflow.py --resume --output-dir {run_dir}",
+        rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=policy_card(config.env()),
+        resume_command=f"{this_command('reinflow-train')} --resume --output-dir {run_dir}",
     )  # fmt: skip
     return config, run
 
@@ -541,12 +550,6 @@ def make_policy(config: TrainingConfig, device: str = "cpu") -> FlowPolicy:
     from reinflow_so101.policies import build_policy
 
     return build_policy(config.policy(), config.env(), config.decisions_per_iteration, device)
-
-
-def saved_config(run_dir: Path) -> TrainingConfig:
-    """The settings that a run was started with, ready to resume it."""
-    saved = json.loads((run_dir / "config.json").read_text()) | {"resume": True, "output_dir": str(run_dir)}
-    return config_from_json(saved, TrainingConfig)
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------

@@ -128,7 +128,8 @@ def start_success(lever: str, out: Path, eval_episodes: int) -> float:
     result = out / f"eval_{Path(policy).name}_K{steps}_{eval_episodes}"
     if not (result / "eval_info.json").exists():
         run_command(
-            "reinflow_so101.commands.evaluate", out / f"{result.name}.log", "--output-dir", str(result), "--seed", str(EVAL_SEED),
+            "reinflow_so101.commands.evaluate", out / f"{result.name}.log",
+            "--output-dir", str(result), "--seed", str(EVAL_SEED),
             "--policy-path", "flow_mlp" if policy == "embedded" else policy, "--episodes", str(eval_episodes),
             "--num-denoising-steps", steps, "--num-parallel-envs", "64",
         )  # fmt: skip

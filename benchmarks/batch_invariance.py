@@ -2,8 +2,9 @@
 
     python benchmarks/batch_invariance.py [--quick] [--csv FILE] [--policy tiny] [--episodes 200] [--seed 10000]
 
-The noise is the same to the bit (tests/reinflow/test_noise.py). What remains is the rounding of a matrix product, which
-depends on its number of rows: some 1e-7 of an action, which a contact may turn into another outcome.
+The noise is the same to the bit (tests/reinflow/test_noise.py). A matrix product rounds its last rows in another way
+where they do not fill a block of its kernel, and a contact may turn that into another outcome: reinflow/rollout.py
+fills the block.
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from reinflow.evaluate import EvalResult, evaluate_seeds
 from reinflow_so101.commands.evaluate import EvalConfig, make_actor
 from reinflow_so101.policies import EMBEDDED
 from reinflow_so101.policy_card import stored_env
-from so101_sim.vector.make import make_vector_env
+from so101_sim.vector.make import Backend, make_vector_env
 
-REFERENCE = (64, "batched")
-VARIANTS = (REFERENCE, (7, "batched"), (7, "sequential"), (7, "subproc"), (64, "subproc"), (1, "sequential"))
+VARIANTS: tuple[tuple[int, Backend], ...] = (
+    (64, "batched"),
+    (7, "batched"),
+    (7, "sequential"),
+    (7, "subproc"),
+    (64, "subproc"),
+    (1, "sequential"),
+)
 BAR = 199 / 200
 
 
-def measure(policy: str, first_seed: int, episodes: int, variants: Sequence[tuple[int, str]]) -> list[Row]:
+def measure(policy: str, first_seed: int, episodes: int, variants: Sequence[tuple[int, Backend]]) -> list[Row]:
     """A row per variant: in how many episodes it agrees with the first."""
     directory = EMBEDDED[policy].embedded
     env = stored_env(directory)
-    results: dict[tuple[int, str], EvalResult] = {}
+    results: dict[tuple[int, Backend], EvalResult] = {}
     for num_envs, form in variants:
         act = make_actor(EvalConfig(policy_path=policy, output_dir="", env=env), directory)
         make_env = partial(make_vector_env, env, backend=form)

@@ -36,7 +36,7 @@ from reinflow.policy import FlowPolicy
 from reinflow.ppo import ReturnNormalizer
 from reinflow.rollout import RolloutState, collect_rollout
 from so101_sim.scene import PickScene
-from so101_sim.vector.make import make_vector_env
+from so101_sim.vector.make import Backend, make_vector_env
 from train_reinflow import PRESETS, TrainingConfig, make_policy
 
 FORMS = ("sequential", "subproc", "batched")
@@ -93,7 +93,9 @@ class Stopwatch:
 class Bench:
     """One form at one number of environments: with images, and without to replay."""
 
-    def __init__(self, config: TrainingConfig, form: str, policy: FlowPolicy, watch: Stopwatch, device: str) -> None:
+    def __init__(
+        self, config: TrainingConfig, form: Backend, policy: FlowPolicy, watch: Stopwatch, device: str
+    ) -> None:
         self.config, self.policy, self.watch = config, policy, watch
         self.row: Row = {"form": form, "envs": config.num_parallel_envs}
         visual, self.num_envs = config.env(), config.num_parallel_envs

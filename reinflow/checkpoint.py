@@ -273,6 +273,8 @@ def _read_state(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}): take an earlier checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
-        raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {found}, this version reads {FORMAT}: start a new run from the {PRETRAINED} beside it"
+        )
     check_keys(content, ("format", "step", "groups", "state"), str(path))
     return content

@@ -128,7 +128,7 @@ RULES: tuple[Rule, ...] = (
         f"returns beside what rewards explain ({CRITIC_MIN} to {CRITIC_WINDOW} iterations)",
         "every failed episode's target holds V(final observation), which nothing trains when episodes start at step 0 "
         "and end at the limit: the critic learns its own extrapolation",
-        "set time_limit_is_terminal=True (--time-limit-is-terminal)",
+        "set time_limit_is_terminal=True",
     ),
     Rule(
         symptoms.weak_start,
@@ -207,7 +207,7 @@ RULES: tuple[Rule, ...] = (
         f"`eval/success_rate` and `rollout/success_rate` differ by more than {SUCCESS_GAP} in {GAP_EVALUATIONS} to 3 "
         "evaluations",
         "PPO improves the noisy policy, you deploy the noise-free one, and they are two different policies by now",
-        "change sigma_max ({direction} it: {sigma:.3f}), or use smooth noise: noise_basis=dct",
+        "change sigma_max ({direction} it, x {factor}: {sigma:.3f}), or use smooth noise: noise_basis=dct",
     ),
 )
 

@@ -46,6 +46,11 @@ class Extra:
 
     explanation: str  # what it is and in which unit
     template: str  # its mean in a summary, e.g. "max height {:.3f} m"
+    unit: str = ""  # ends its name in files that carry no explanations, e.g. "m"
+
+    def key(self, name: str) -> str:
+        """``name`` with its unit."""
+        return f"{name}_{self.unit}" if self.unit else name
 
 
 @dataclass(frozen=True)

@@ -152,18 +152,23 @@ class EvalResult:
         extra = {
             "pc_success_ci95": [100 * end for end in self.interval],
             "avg_episode_length": self.length_mean,
-        } | {f"avg_{name}": self.extra_mean(name) for name in self.extras}
+        } | {f"avg_{extra.key(name)}": self.extra_mean(name) for name, extra in self.extras.items()}
         timing = {"eval_s": self.elapsed_s, "eval_ep_s": self.elapsed_s / n}
         return {
             "per_task": [{"task_group": task_group, "task_id": task_id, "metrics": task_metrics}],
             "per_group": {task_group: dict(aggregates)},
             "overall": aggregates | timing | extra,
-            "per_episode": [_lerobot_row(i, row) for i, row in enumerate(self.episodes)],
+            "per_episode": [self._lerobot_row(i, row) for i, row in enumerate(self.episodes)],
         }
+
+    def _lerobot_row(self, index: int, row: EpisodeRow) -> dict[str, Any]:
+        values = asdict(row)
+        extras = {self.extras[name].key(name): value for name, value in values.pop("extras").items()}
+        return {"episode_ix": index, "sum_reward": values.pop("return_"), **values, **extras}
 
     def table(self) -> Table:
         """A rich table with a row per episode."""
-        names = [name.replace("_", " ") for name in self.extras]
+        names = [extra.key(name).replace("_", " ") for name, extra in self.extras.items()]
         table = Table("seed", "success", "return", "length", *names, title="episodes")
         for row in self.episodes:
             mark = "[green]yes[/]" if row.success else "no"
@@ -175,11 +180,6 @@ class EvalResult:
         """The table and the summary."""
         console.print(self.table())
         console.print(self.summary(), highlight=False, soft_wrap=True)
-
-
-def _lerobot_row(index: int, row: EpisodeRow) -> dict[str, Any]:
-    values = asdict(row)
-    return {"episode_ix": index, "sum_reward": values.pop("return_"), **values.pop("extras"), **values}
 
 
 def write_eval_info(path: Path | str, info: Mapping[str, Any]) -> Path:

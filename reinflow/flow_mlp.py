@@ -165,7 +165,7 @@ class FlowMLP(FlowPolicy):
         path = directory / "config.json"
         config = json.loads(path.read_text()) if path.is_file() else {}
         if config.pop("type", "") != "flow_mlp":
-            raise PolicyError(f"{directory} holds no flow_mlp policy (config.json of that type): see reinflow-sft-mlp")
+            raise PolicyError(f"{directory} holds no flow_mlp policy (config.json of that type)")
         policy = cls(**(config | settings))
         strict_load(policy._deployable_state(), load_file(directory / "model.safetensors"), str(directory))
         return policy.to(device).eval()

@@ -29,7 +29,7 @@ class RatioGuardError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """Everything the update needs. TrainingConfig says why under each; a test holds the defaults equal to its own."""
+    """Everything the update needs; what each is for and where its default comes from: notes/hyperparameters.md."""
 
     policy_optimizer: Literal["adam", "natural"] = "adam"
     natural_damping: float = 0.1

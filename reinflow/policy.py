@@ -111,7 +111,7 @@ class FlowPolicy(nn.Module, ABC):
         """Everything that training changes, by name; views, not copies."""
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of ``trainable_state``; ValueError lists every missing, unexpected or misshapen tensor."""
+        """Inverse of ``trainable_state``; CheckpointError lists every missing, unexpected or misshapen tensor."""
         strict_load(self.trainable_state(), state, "the checkpoint")
 
     @abstractmethod

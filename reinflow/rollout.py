@@ -106,6 +106,17 @@ class RolloutState:
         """Encode ``observation``."""
         return cls(encode(policy, observation), observation.get("environment_state"), episodes, decisions)
 
+    @property
+    def next_episodes(self) -> NDArray[np.int64]:
+        """(N,) numbers of the episodes that start where one ends."""
+        return self.episodes + len(self.episodes)
+
+    def after(self, policy: FlowPolicy, result: ChunkResult) -> RolloutState:
+        """Where the environments stand after a chunk."""
+        ended = result.terminated | result.truncated
+        episodes = np.where(ended, self.next_episodes, self.episodes)
+        return RolloutState.at(policy, result.observation, episodes, np.where(ended, 0, self.decisions + 1))
+
 
 @torch.no_grad()
 def encode(policy: FlowPolicy, observation: Observation) -> Context:
@@ -165,18 +176,12 @@ def collect_rollout(
     episodes: list[EpisodeStats] = []
     seconds_env, start = 0.0, time.perf_counter()
     for step in range(num_chunk_steps):
-        playing, next_episodes = seeds.of(current.episodes), current.episodes + env.num_envs
+        playing = seeds.of(current.episodes)
         sample, actions = act(policy, current.context, spec, playing, current.decisions.tolist(), explore=True)
         env_start = time.perf_counter()
-        result = env.step_chunk(actions, seeds.of(next_episodes))
+        result = env.step_chunk(actions, seeds.of(current.next_episodes))
         seconds_env += time.perf_counter() - env_start
-        ended = result.terminated | result.truncated
-        following = RolloutState.at(
-            policy,
-            result.observation,
-            np.where(ended, next_episodes, current.episodes),
-            np.where(ended, 0, current.decisions + 1),
-        )
+        following = current.after(policy, result)
         reward, discount = chunk_return(result.rewards, result.active, settings)
         _store(contexts, step, num_chunk_steps, policy.to_buffer(current.context))
         rows.append({
@@ -247,6 +252,11 @@ def act(
     return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
 
 
+def whole_blocks(n: int) -> NDArray[np.int64]:
+    """Indices of n rows, begun again until they fill blocks of ROW_BLOCK."""
+    return np.arange(-(-n // ROW_BLOCK) * ROW_BLOCK) % n
+
+
 def noise_free_actor(policy: FlowPolicy, spec: ChainSpec) -> Act:
     """The policy by the chain with zero noise, which is LeRobot's own sampler; x_0 follows from seed and decision.
 
@@ -255,7 +265,7 @@ def noise_free_actor(policy: FlowPolicy, spec: ChainSpec) -> Act:
     """
 
     def act_noise_free(observation: Observation, seeds: Sequence[int], decision: int) -> np.ndarray:
-        rows = np.arange(-(-len(seeds) // ROW_BLOCK) * ROW_BLOCK) % len(seeds)
+        rows = whole_blocks(len(seeds))
         context = encode(policy, take_rows(observation, rows))
         playing = [seeds[row] for row in rows.tolist()]
         return act(policy, context, spec, playing, [decision] * len(rows), explore=False)[1][: len(seeds)]

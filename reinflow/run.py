@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from reinflow import checkpoint
+from reinflow import ConfigError, checkpoint
 from reinflow.doctor import RULES, Doctor, Rule
 from reinflow.env import ChunkVectorEnv
 from reinflow.evaluate import EvalResult
@@ -23,10 +23,9 @@ from reinflow.learner import PPOLearner
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
+from reinflow.settings import CONFIG_FILE, check_same_settings, refuse_existing_run
 from reinflow.tracking import Tracker, WandbMode, open_tracker
 from reinflow.training_state import rng_state, set_rng_state
-
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,14 @@ class RunSettings:
     keep_checkpoints: int = 3
     log_interval: int = 1
     wandb_mode: WandbMode = "off"
-    wandb_project: str = "reinflow-smolvla"
+    wandb_project: str = "reinflow"
     seed: int = 0
     eval_seed: int = FIRST_TUNING_SEED  # training episodes have seeds below it
+
+    def __post_init__(self) -> None:
+        for name in ("num_episodes", "save_interval", "keep_checkpoints", "log_interval", "eval_seed"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def training_seeds(self) -> TrainingSeeds:
@@ -74,6 +78,7 @@ class Run:
         config: Mapping[str, Any],
         *,
         rules: Sequence[Rule] = RULES,
+        changeable: Collection[str] = (),
         policy_card: Mapping[str, str] | None = None,
         resume_command: str = "",
     ) -> None:
@@ -87,11 +92,12 @@ class Run:
             settings: of the run.
             config: JSON-able settings of everything; config.json, Weights & Biases and the doctor get them.
             rules: of the doctor.
+            changeable: settings that may differ from config.json when the run is resumed.
             policy_card: files to write beside every exported policy, name -> content.
             resume_command: what continues the run, said after a stop.
         """
         self.run_dir, self.policy, self.env, self.learner = run_dir, policy, env, learner
-        self.settings, self.config, self.rules = settings, dict(config), rules
+        self.settings, self.config, self.rules, self.changeable = settings, dict(config), rules, changeable
         self.policy_card, self.resume_command = dict(policy_card or {}), resume_command
         self.seeds = settings.training_seeds
         self.iteration = self.episodes = 0
@@ -108,7 +114,12 @@ class Run:
     # --- Opening and closing ----------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """A new run, at the beginning of its first episodes."""
+        """A new run, at the beginning of its first episodes.
+
+        Raises:
+            ConfigError: the directory holds a run already.
+        """
+        refuse_existing_run(self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
         self.current = RolloutState.start(self.policy, self.env, self.seeds)
@@ -119,8 +130,11 @@ class Run:
         """The run as its last checkpoint left it, bit for bit.
 
         Raises:
-            CheckpointError: there is none, or it does not fit.
+            ConfigError: its settings were others.
+            CheckpointError: there is no checkpoint, or it does not fit.
         """
+        stored = json.loads((self.run_dir / CONFIG_FILE).read_text()) if self.run_dir.exists() else {}
+        check_same_settings(self.config, stored, self.changeable)
         tensors, state = checkpoint.load_training_state(checkpoint.resolve_checkpoint(self.run_dir))
         self.policy.load_trainable_state(tensors["policy"])
         self.learner.load_state_dict(state)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from reinflow import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+CONFIG_FILE = "config.json"  # of a run
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,21 @@ def config_from_json[S](data: Mapping[str, Any], config_type: type[S]) -> S:
         )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     return config_type(**values)
+
+
+def refuse_existing_run(run_dir: Path) -> None:
+    """Raise ConfigError if a run is there."""
+    if (run_dir / CONFIG_FILE).exists():
+        raise ConfigError(f"output_dir={run_dir} holds a run already: add --resume, or choose another directory")
+
+
+def check_same_settings(given: Mapping[str, Any], stored: Mapping[str, Any], changeable: Collection[str]) -> None:
+    """Raise ConfigError that lists the settings that differ from a run's own, those beside ``changeable``."""
+    names = {**stored, **given}.keys() - set(changeable)
+    changed = [name for name in sorted(names) if given.get(name) != stored.get(name)]
+    if changed and stored:
+        raise ConfigError(
+            "a resumed run keeps its settings; these differ from config.json: "
+            + ", ".join(f"{name} ({stored.get(name)} -> {given.get(name)})" for name in changed)
+            + ". Leave them out, or start a new run from the checkpoint's pretrained_model"
+        )

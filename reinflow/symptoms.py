@@ -131,7 +131,8 @@ def log_prob_off_entropy(h: History) -> Symptom | None:
 
 def summed_log_prob(h: History) -> Symptom | None:
     rows = h.last(RECENT, 3, "logprob/per_dimension", "logprob/coordinates", "noise/std_mean", updates=True)
-    if not rows or h.config["log_prob_reduction"] == "mean":
+    reduction = h.config.get("log_prob_reduction", "chunk")
+    if not rows or reduction == "mean":
         return None
     per_dim, dims, sigma = (
         fmean(values_of(rows, n)) for n in ("logprob/per_dimension", "logprob/coordinates", "noise/std_mean")
@@ -139,11 +140,8 @@ def summed_log_prob(h: History) -> Symptom | None:
     if per_dim <= 0 or dims / sigma**2 <= SUM_STIFFNESS:
         return None
     factor = math.sqrt(dims / PAPER_DIMENSIONS)
-    values = {
-        "sigma_min": h.config["sigma_min"] * factor,
-        "sigma_max": h.config["sigma_max"] * factor,
-        "reduction": h.config["log_prob_reduction"],
-    }
+    bounds = {name: rows[-1].get(f"noise/{name}", sigma) * factor for name in ("sigma_min", "sigma_max")}
+    values = {**bounds, "reduction": reduction}
     evidence = (
         f"{span(rows)}: log-prob {per_dim:+.2f} per coordinate at sigma {sigma:.3f}, {dims:.0f} coordinates in one "
         f"ratio: the sum is {per_dim * dims:+.0f}, and D / sigma^2 = {dims / sigma**2:,.0f} against "
@@ -194,8 +192,10 @@ def explained_by(returns: Sequence[float], targets: Sequence[float]) -> list[flo
 
 
 def weak_start(h: History) -> Symptom | None:
-    count = max(3, math.ceil(WEAK_EPISODES / h.config["episodes_per_iteration"]))
     name = "rollout/success_rate"
+    done = [(row["progress/iteration"], row["progress/episodes"]) for row in h.last(1, 1, "progress/episodes")]
+    per_iteration = done[0][1] / max(done[0][0], 1) if done else WEAK_EPISODES
+    count = max(3, math.ceil(WEAK_EPISODES / per_iteration))
     rows = h.last(len(h.rows), 2 * count, name)
     first, last = rows[:count], rows[-count:]
     # Rollouts up to the first update show the start alone; a run that collapses afterwards had a better one.
@@ -218,7 +218,7 @@ def weak_start(h: History) -> Symptom | None:
 def noise_at_bound(h: History) -> Symptom | None:
     names = ("noise/std_mean", "noise/sigma_min", "noise/sigma_max")
     rows = h.last(RECENT, RECENT, *names, updates=True)
-    if not rows or not h.config["train_noise_head"]:
+    if not rows or not h.config.get("train_noise_head", True):
         return None
     places = [(r[names[0]] - r[names[1]]) / max(r[names[2]] - r[names[1]], 1e-9) for r in rows]
     if any(r[names[1]] == r[names[2]] for r in rows):
@@ -352,4 +352,5 @@ def sampling_far_from_noise_free(h: History) -> Symptom | None:
     factor = 0.7 if free > sampled else 1.4
     direction = "lower" if free > sampled else "raise"
     evidence = f"{span(rows)}: {free:.1%} noise-free against {sampled:.1%} with exploration noise"
-    return Symptom(evidence, {"direction": direction, "sigma": h.config["sigma_max"] * factor})
+    sigma = next((row["noise/sigma_max"] for row in reversed(rows) if row.get("noise/sigma_max") is not None), 0.0)
+    return Symptom(evidence, {"direction": direction, "factor": factor, "sigma": sigma * factor})

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from reinflow import UserError
+from reinflow.natural import NaturalGradient
 
 ARRAYS = "arrays"  # the tensor group that state.json refers to
 # Keys that mark packed values in JSON; a plain dict must not use them.
 _ARRAY, _TUPLE, _ITEMS = "__array__", "__tuple__", "__items__"
 
 
-class CheckpointError(UserError, RuntimeError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint cannot be written, found or trusted; the message names the file or key and the remedy."""
 
 
@@ -189,7 +190,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], w
             check_keys(saved_group["param_names"], group["param_names"], what)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in saved for index in group["params"]]
-    own_shapes = getattr(optimizer, "state_shapes", None)  # an optimizer whose state is not shaped like its parameters
+    own_shapes = optimizer.state_shapes if isinstance(optimizer, NaturalGradient) else None
     for index, parameter in zip(indices, parameters, strict=True):
         for name, value in state["state"].get(index, {}).items():
             own_shape = own_shapes(parameter)[name] if own_shapes else tuple(parameter.shape)
@@ -203,14 +204,14 @@ def strict_load(target: dict[str, Tensor], source: dict[str, Tensor], what: str,
     """Copy ``source`` into ``target`` in place; nothing is changed if they do not fit.
 
     Raises:
-        ValueError: names, shapes or (unless ``any_dtype``) dtypes differ; all of them are listed.
+        CheckpointError: names, shapes or (unless ``any_dtype``) dtypes differ; all of them are listed.
     """
     shared = sorted(target.keys() & source.keys())
     missing, unexpected = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     misshapen = [name for name in shared if target[name].shape != source[name].shape]
     retyped = [name for name in shared if target[name].dtype != source[name].dtype and not any_dtype]
     if missing or unexpected or misshapen or retyped:
-        raise ValueError(
+        raise CheckpointError(
             f"{what} does not fit this policy: missing {missing[:8]}, unexpected {unexpected[:8]}, "
             f"other shape {misshapen[:8]}, other dtype {retyped[:8]}. Use the settings the checkpoint was written with."
         )

@@ -93,7 +93,7 @@ def _seeds(c: FlatConfig) -> Iterator[str]:
     if c.eval_seed < 1:
         yield f"eval_seed={c.eval_seed} leaves no seed below it to train with: raise it, e.g. to {FIRST_TUNING_SEED}"
     if c.report_seed < FIRST_REPORTING_SEED:
-        yield f"report_seed={c.report_seed} lies in the training seeds: use {FIRST_REPORTING_SEED} or more"
+        yield f"report_seed={c.report_seed} is a training or tuning seed: use {FIRST_REPORTING_SEED} or more"
     if c.seed >= FIRST_REPORTING_SEED:
         yield f"seed={c.seed} is a reporting seed: train with one below {FIRST_REPORTING_SEED}"
 

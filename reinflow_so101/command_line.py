@@ -7,13 +7,14 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from reinflow import ConfigError
-from reinflow.settings import config_from_json, config_to_json
+from reinflow.settings import CONFIG_FILE, config_from_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -23,18 +24,6 @@ CHANGEABLE_ON_RESUME = {
     "wandb_enabled", "wandb_mode", "headless", "num_threads", "report_episodes",
     "prefix_cache", "prefix_cache_gb", "compile_expert",
 }  # fmt: skip
-
-
-def run_directory(output_dir: str, default: str) -> Path:
-    """Directory of a new run, ``default`` without one; nothing is made yet.
-
-    Raises:
-        ConfigError: it holds a run already.
-    """
-    run = Path(output_dir or default)
-    if (run / "config.json").exists():
-        raise ConfigError(f"output_dir={run} holds a run already: add --resume, or choose another directory")
-    return run
 
 
 def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
@@ -51,7 +40,7 @@ def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
     for field, value in (("checkpoint_path", checkpoint_path), ("output_dir", output_dir)):
         path = Path(value)
         for candidate in (path, *path.parents[:3]) if value else ():
-            if (candidate / "config.json").exists() and (candidate / "checkpoints").exists():
+            if (candidate / CONFIG_FILE).exists() and (candidate / "checkpoints").exists():
                 return candidate
         if value and field == "output_dir":
             raise ConfigError(f"output_dir={value} holds no run to resume (no config.json with checkpoints/)")
@@ -69,6 +58,12 @@ def flag_value(argv: Sequence[str], *names: str) -> str:
     return ""
 
 
+def saved_config[C](run_dir: Path, config_type: type[C]) -> C:
+    """The settings that a run was started with, ready to resume it."""
+    saved = json.loads((run_dir / CONFIG_FILE).read_text()) | {"resume": True, "output_dir": str(run_dir)}
+    return config_from_json(saved, config_type)
+
+
 def starting_point[C](argv: Sequence[str], presets: Mapping[str, C]) -> C:
     """The config whose fields the flags override: a preset's, or with --resume the run's own."""
     if "--resume" in argv:
@@ -76,13 +71,16 @@ def starting_point[C](argv: Sequence[str], presets: Mapping[str, C]) -> C:
             flag_value(argv, "--checkpoint-path", "--checkpoint_path"),
             flag_value(argv, "--output-dir", "--output_dir"),
         )
-        some = next(iter(presets.values()))
-        saved = json.loads((run / "config.json").read_text()) | {"resume": True, "output_dir": str(run)}
-        return config_from_json(saved, type(some))
+        return saved_config(run, type(next(iter(presets.values()))))
     preset = flag_value(argv, "--preset") or "smolvla"
     if preset not in presets:
         raise ConfigError(f"preset={preset} is unknown: choose one of {sorted(presets)}")
     return presets[preset]
+
+
+def this_command(script: str) -> str:
+    """How this program was started: the console script of that name, or a file."""
+    return script if Path(sys.argv[0]).name == script else f"python {sys.argv[0]}"
 
 
 def pick_device(name: str) -> str:
@@ -95,18 +93,6 @@ def pick_device(name: str) -> str:
     if not available[name]:
         raise ConfigError(f"device={name} is not available on this machine: use --device auto")
     return name
-
-
-def check_resumed(config: DataclassInstance, saved: DataclassInstance) -> None:
-    """Only settings that do not change the run's meaning may differ from the saved ones."""
-    given, stored = config_to_json(config), config_to_json(saved)
-    changed = [k for k in given if given[k] != stored[k] and k not in CHANGEABLE_ON_RESUME]
-    if changed:
-        raise ConfigError(
-            "a resumed run keeps its settings; these differ from config.json: "
-            + ", ".join(f"{k} ({stored[k]} -> {given[k]})" for k in changed)
-            + ". Leave them out, or start a new run with --pretrained-path on the checkpoint"
-        )
 
 
 # --- Flags in groups --------------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ def joint_limits(h: History) -> Symptom | None:
     rates = [r["rollout/clipped_targets"] / max(r["rollout/episode_length"], 1) for r in rows]
     if not rows or fmean(rates) <= CLIPPED_PER_STEP:
         return None
-    return Symptom(
-        f"{span(rows)}: {fmean(rates):.2f} joint targets clipped per control step", {"sigma": h.config["sigma_max"] / 2}
-    )
+    sigma = rows[-1].get("noise/sigma_max") or 0.0
+    return Symptom(f"{span(rows)}: {fmean(rates):.2f} joint targets clipped per control step", {"sigma": sigma / 2})
 
 
 JOINT_LIMITS = Rule(
@@ -28,6 +27,7 @@ JOINT_LIMITS = Rule(
     "lower sigma_max ({sigma:.3f}), check that the policy's units are the environment's, lower policy_lr",
 )
 REMEDIES = {
+    "critic_feeds_on_itself": "set time_limit_is_terminal=True (--time-limit-is-terminal)",
     "weak_start": "train the start of pretrained_path longer (reinflow-sft) or start from easier episodes, e.g. "
     "randomize_block=False",
     "reward_without_success": "lower the reward term that rose (reward/{term}; contact_bonus and "

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from reinflow.env import Observation
 from reinflow.heads import NoiseHead, ReinFlowCritic
-from reinflow.policy import Context, FlowPolicy
+from reinflow.policy import Context, FlowPolicy, PolicyError
 from reinflow_vla.directory import OBS_IMAGES_PREFIX
 from reinflow_vla.prefix_cache import BATCH_PREFIX, PrefixCache, plan_prefix_cache, prefix_bytes
 
@@ -110,7 +110,7 @@ class ReinFlowVLA(FlowPolicy):
         The critic reads the prefix features, or, with ``critic_state_dim`` S > 0, the environment's privileged state.
 
         Raises:
-            ValueError: n_action_steps does not fit the policy's chunk.
+            PolicyError: n_action_steps does not fit the policy's chunk.
         """
         super().__init__()
         self.check_n_action_steps(n_action_steps, policy.config.chunk_size)
@@ -176,9 +176,9 @@ class ReinFlowVLA(FlowPolicy):
         """Write a stock LeRobot policy directory: no noise head, no critic, the full chunk_size."""
 
     def check_n_action_steps(self, n_action_steps: int, chunk_size: int) -> None:
-        """Raise ValueError for a number of executed actions that the family cannot denoise alone."""
+        """Raise PolicyError for a number of executed actions that the family cannot denoise alone."""
         if n_action_steps > chunk_size:
-            raise ValueError(f"n_action_steps={n_action_steps} exceeds the policy's chunk_size={chunk_size}; lower it")
+            raise PolicyError(f"n_action_steps={n_action_steps} exceeds the policy's chunk_size={chunk_size}; lower it")
 
     def compile_expert(self, backend: str | None = "inductor") -> None:
         """Let gradients go through torch.compile; None goes back. Acting stays eager: it has its own batch sizes, and
@@ -216,11 +216,11 @@ class ReinFlowVLA(FlowPolicy):
 
     def preprocess(self, observation: Observation) -> dict[str, Any]:
         """Environment observation (uint8 images, joint values in the policy's units) -> normalised, tokenised batch."""
-        missing = [name for name in self.cameras if name not in observation["pixels"]]
+        missing = [name for name in self.cameras if name not in observation.get("pixels", {})]
         if missing:
-            raise ValueError(
+            raise PolicyError(
                 f"the policy looks through cameras {missing}, the environment renders "
-                f"{sorted(observation['pixels'])}: add them to `cameras`"
+                f"{sorted(observation.get('pixels', {}))}: add them to `cameras`"
             )
         batch = lerobot_batch(observation, self.cameras)
         batch = self.preprocessor(batch)

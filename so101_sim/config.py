@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from reinflow import ConfigError
 from so101_mujoco_utils import CAMERA_NAMES, FRAMES, NUM_JOINTS, REWARD_TERMS, RewardConfig
 
-BLOCK_YAW_DEG = math.degrees(0.4)
+BLOCK_YAW_DEG = 0.4 * 180 / math.pi
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class EnvConfig:
     block_angle_deg: float = 30.0
     """A random block lies up to so many degrees to either side of straight ahead."""
     block_yaw_deg: float = BLOCK_YAW_DEG
-    """And is turned by up to so many degrees to either side."""
+    """A random block is turned by up to so many degrees to either side."""
     starting_position: tuple[float, ...] = (0.06, -100.21, 89.95, 66.46, 5.96, 1.0)
     """Joint angles at the start, MuJoCo degrees for all six joints, the gripper too; clipped to the joint limits."""
     start_noise_deg: float = 0.0
     """Uniform perturbation of every starting joint, degrees to either side."""
-    reward_mode: str = RewardConfig.mode
+    reward_mode: Literal["seed", "staged", "sparse"] = "seed"
     """The mode "seed" is the documented formula, "staged" cannot be farmed by staying, "sparse" pays success alone."""
     contact_bonus: float = RewardConfig.contact_bonus
-    """Reward for a jaw that touches the block; with the scales below see so101_mujoco_utils.compute_reward."""
+    """Reward for a jaw that touches the block; formulas in so101_mujoco_utils.compute_reward."""
     height_alignment_bonus: float = RewardConfig.height_alignment_bonus
     """Reward for the tool above the block."""
     reach_scale: float = RewardConfig.reach_scale
@@ -64,7 +65,7 @@ class EnvConfig:
     """Staged reward for the height gained."""
     success_bonus: float = RewardConfig.success_bonus
     """Reward of the step that lifts the block above lift_threshold, staged and sparse."""
-    joint_frame: str = "lerobot"
+    joint_frame: Literal["lerobot", "so100_legacy"] = "lerobot"
     """Units of actions and agent_pos: a key of so101_mujoco_utils.FRAMES."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from reinflow.env import EpisodeStats, Extra
 from so101_mujoco_utils import Array
 
 EXTRAS = {
-    "max_height": Extra("The block's greatest height, metres.", "max height {:.3f} m"),
+    "max_height": Extra("The block's greatest height, metres.", "max height {:.3f} m", "m"),
     "clipped_targets": Extra(
         "Control steps with a joint target beyond a joint limit, which was clipped.", "clipped targets {:.1f}"
     ),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from reinflow import ConfigError
-from reinflow.settings import config_from_json, config_to_json
-from reinflow_so101.command_line import check_resumed
+from reinflow.settings import check_same_settings, config_from_json, config_to_json
+from reinflow_so101.command_line import CHANGEABLE_ON_RESUME
 from train_reinflow import PRESETS, TrainingConfig, parse_args, train
 
 ROOT = Path(__file__).parents[1]
@@ -143,10 +143,10 @@ def test_config_json_of_another_version_is_refused():
 
 
 def test_resume_keeps_settings_but_may_run_longer():
-    saved = TrainingConfig()
-    check_resumed(replace(saved, num_episodes=30_000), saved)
-    with pytest.raises(ConfigError, match="policy_lr"):
-        check_resumed(replace(saved, policy_lr=1.0), saved)
+    saved = config_to_json(TrainingConfig())
+    check_same_settings(saved | {"num_episodes": 30_000}, saved, CHANGEABLE_ON_RESUME)
+    with pytest.raises(ConfigError, match=r"policy_lr \(3e-06 -> 1.0\)"):
+        check_same_settings(saved | {"policy_lr": 1.0}, saved, CHANGEABLE_ON_RESUME)
 
 
 def test_resume_without_a_run_says_so(tmp_path):

@@ -45,7 +45,7 @@ class EvalConfig:
     episodes: int = 200
     """Episodes; episode i uses seed + i."""
     seed: int = FIRST_REPORTING_SEED
-    """First seed. From 10,000 up they are for reporting, below for tuning."""
+    """First seed. From 10,000 up they are for reporting, 5,000 to 9,999 for tuning."""
     num_parallel_envs: int = 32
     """Environments that act at once."""
     num_denoising_steps: int = 0
@@ -158,12 +158,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
 
 def record_video(config: EvalConfig, act: Act) -> Path:
     """Play the first episodes again, rows of episodes by columns of cameras."""
-    from reinflow.evaluate import evaluate, even_batch
+    from reinflow.evaluate import evaluate
     from reinflow.video import EpisodeRecorder, write_gif, write_mp4
     from so101_sim.vector.make import make_vector_env
 
-    num_envs = even_batch(config.episodes, config.num_parallel_envs)
-    recorder = EpisodeRecorder(config.video_episodes)
+    num_envs = min(config.video_episodes, config.episodes)
+    recorder = EpisodeRecorder(num_envs)
     seen = replace(config.env, render_images=True)  # the policy may need no images, who watches it does
     with make_vector_env(seen, num_envs) as env:
         evaluate(act, env, range(config.seed, config.seed + num_envs), recorder, VIDEO_INTERVAL)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, UserError, run_command
+from reinflow.seeds import FIRST_TUNING_SEED
 from reinflow_so101.policy_card import write_card
 from reinflow_so101.stages.demonstrations import DECISION_STEPS, quiet_lerobot
 from reinflow_vla.directory import OBS_IMAGES_PREFIX, refuse_existing, write_json
@@ -85,8 +86,8 @@ class SftConfig:
     """Steps between checkpoints."""
     eval_episodes: int = 64
     """Noise-free episodes at every checkpoint; 0 skips them."""
-    eval_seed: int = 0
-    """First seed of these: tuning seeds, 0 to 9,999. Evaluation seeds start at 10,000."""
+    eval_seed: int = FIRST_TUNING_SEED
+    """First seed of these: tuning seeds, 5,000 to 9,999."""
     num_steps: tuple[int, ...] = (1, 4)
     """Denoising steps to evaluate with; the first is stored in the exported policy."""
     starting_position: tuple[float, ...] = (0.06, -100.21, 89.95, 66.46, -84.04, 1.0)
@@ -425,8 +426,10 @@ def evaluate_success(
     config: SftConfig,
 ) -> dict[str, float]:
     """Noise-free success rate on the tuning seeds, by number of denoising steps."""
+    from reinflow.env import take_rows
     from reinflow.evaluate import evaluate_seeds
     from reinflow.noise import episode_noise
+    from reinflow.rollout import whole_blocks
     from reinflow_vla.base import lerobot_batch
     from so101_sim.vector.make import make_vector_env
 
@@ -437,9 +440,10 @@ def evaluate_success(
     shape = (policy.config.chunk_size, policy.config.max_action_dim)
 
     def act(observation: Observation, seeds: Sequence[int], decision: int) -> NDArray[np.float64]:
-        x_0 = episode_noise(seeds, [decision] * len(seeds), shape, "x_0")
-        batch = preprocessor(lerobot_batch(observation, env.cameras))
-        return postprocessor(policy.predict_action_chunk(batch, noise=x_0)).double().numpy()
+        rows = whole_blocks(len(seeds))  # as noise_free_actor
+        x_0 = episode_noise([seeds[row] for row in rows], [decision] * len(rows), shape, "x_0")
+        batch = preprocessor(lerobot_batch(take_rows(observation, rows), env.cameras))
+        return postprocessor(policy.predict_action_chunk(batch, noise=x_0)).double().numpy()[: len(seeds)]
 
     success, make_env = {}, partial(make_vector_env, env)
     for num_steps in config.num_steps:

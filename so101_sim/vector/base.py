@@ -35,7 +35,7 @@ class ObservationBuffer:
             self.environment_state = np.zeros((num_envs, len(ENVIRONMENT_STATE_NAMES)), dtype=np.float32)
 
     def write(self, row: int, observation: Mapping[str, Any]) -> None:
-        """Stores the observation of one `SO101PickEnv`."""
+        """Stores what `Simulation.observation` gives."""
         self.agent_pos[row] = observation["agent_pos"]
         for camera, image in observation.get("pixels", {}).items():
             self.pixels[camera][row] = image

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from so101_sim.config import EnvConfig
 from so101_sim.vector.base import SO101VectorEnv
 from so101_sim.vector.batched import BatchedVectorEnv
 from so101_sim.vector.sequential import SequentialVectorEnv
 from so101_sim.vector.subproc import SubprocVectorEnv
 
-BACKENDS = ("auto", "sequential", "subproc", "batched")
+Backend = Literal["auto", "sequential", "subproc", "batched"]
 
 
 def make_vector_env(
     config: EnvConfig,
     num_envs: int,
-    backend: str = "auto",
+    backend: Backend = "auto",
     num_threads: int | None = None,
     viewer: bool = False,
 ) -> SO101VectorEnv:
@@ -26,13 +28,15 @@ def make_vector_env(
         num_threads: threads of the batched form, worker processes of the subproc form; None is one per core.
 
     Raises:
-        ValueError: unknown backend, num_envs below 1.
+        ValueError: unknown backend, num_envs below 1, a viewer of another form.
         RenderError: images or a viewer are asked for and cannot be had.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}: choose one of {', '.join(map(repr, get_args(Backend)))}")
     if backend == "auto":
         backend = "sequential" if num_envs == 1 else "batched"
+    if viewer and backend != "sequential":
+        raise ValueError(f"a viewer shows the sequential form, not backend={backend!r} of {num_envs} environments")
     if backend == "sequential":
         sequential = SequentialVectorEnv(config, num_envs)
         if viewer:

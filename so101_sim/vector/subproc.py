@@ -94,7 +94,7 @@ class SubprocVectorEnv(SO101VectorEnv):
         merged: dict[str, Any] = {
             name: np.concatenate([state[name] for state in states]) for name in ("integration", "rows", "ended")
         }
-        return merged | {name: [value for state in states for value in state[name]] for name in ("episodes",)}
+        return merged | {"episodes": [episode for state in states for episode in state["episodes"]]}
 
     def set_state(self, state: Mapping[str, Any]) -> Observation:
         """See `ChunkVectorEnv.set_state`."""

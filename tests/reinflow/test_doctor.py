@@ -53,7 +53,7 @@ def test_critic_rule_does_not_only_look_at_the_flag():
 
 def test_recorded_critic_that_feeds_on_itself():
     rows, config = recorded("self_feeding_critic")
-    first, *others = diagnose(rows, config)
+    first, *others = diagnose(rows, config, RULES)
     assert first.rule == "critic_feeds_on_itself" and not others
     assert "--time-limit-is-terminal" in first.remedy and "1.76 and 6.36" in first.evidence
 

@@ -27,7 +27,7 @@ from reinflow.evaluate import (
 )
 from reinflow.metrics import check_names, known_metrics
 
-HEIGHT = {"max_height": Extra("Greatest height, metres.", "max height {:.3f} m")}
+HEIGHT = {"max_height": Extra("Greatest height, metres.", "max height {:.3f} m", "m")}
 
 
 @given(episodes=st.integers(1, 2000), num_envs=st.integers(1, 128))
@@ -182,7 +182,7 @@ def test_eval_info_has_the_keys_of_lerobot(tmp_path):
         "predicted_video_paths",
     }  # fmt: skip
     overall = info["overall"]
-    assert set(overall) == lerobot_overall | {"pc_success_ci95", "avg_episode_length", "avg_max_height"}
+    assert set(overall) == lerobot_overall | {"pc_success_ci95", "avg_episode_length", "avg_max_height_m"}
     assert overall["pc_success"] == 25.0
     assert overall["n_episodes"] == 4
     assert overall["eval_ep_s"] == 0.5
@@ -193,7 +193,7 @@ def test_eval_info_has_the_keys_of_lerobot(tmp_path):
     assert info["per_task"][0]["task_group"] == "so101"
     assert info["per_task"][0]["metrics"]["successes"] == [True, False, False, False]
     first = info["per_episode"][0]
-    assert {"episode_ix", "sum_reward", "max_reward", "success", "seed", "length", "max_height"} == set(first)
+    assert {"episode_ix", "sum_reward", "max_reward", "success", "seed", "length", "max_height_m"} == set(first)
 
 
 def test_metrics_are_explained_and_the_report_prints():

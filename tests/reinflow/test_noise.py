@@ -48,10 +48,12 @@ def test_recorded_figures():
 def test_training_seeds_shuffle_the_range_and_never_play_an_episode_twice():
     seeds = TrainingSeeds(3, 100)
     first, second = seeds.of(np.arange(100)), seeds.of(np.arange(100, 200))
-    assert sorted(first) == list(range(100)) and first != sorted(first)
+    assert sorted(seed % PASS for seed in first) == list(range(100)) and first != sorted(first)
     assert second == [seed + PASS for seed in first]
-    assert TrainingSeeds(4, 100).of(np.arange(100)) != first
-    assert max(TrainingSeeds(0).of(np.arange(FIRST_TUNING_SEED))) < FIRST_TUNING_SEED
+    others = TrainingSeeds(4, 100).of(np.arange(200))
+    assert not set(others) & {*first, *second}  # three seeds of a table are three trainings
+    assert max(seed % PASS for seed in TrainingSeeds(9_999).of(np.arange(20_000))) < FIRST_TUNING_SEED
+    assert max(TrainingSeeds(9_999).of(np.arange(100_000))) < 2**63
 
 
 def play(env: ChunkVectorEnv, chunk_steps: int) -> dict[int, tuple]:
