@@ -485,12 +485,12 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
 def play(policy: FlowPolicy, config: TrainingConfig, first_seed: int, episodes: int) -> EvalResult:
     """Noise-free episodes on ``episodes`` seeds, by the policy object that acts in rollouts."""
     from reinflow.evaluate import evaluate_seeds
-    from reinflow.rollout import ROW_BLOCK, noise_free_actor
+    from reinflow.rollout import ROW_TILE, noise_free_actor
     from so101_sim.vector.make import make_vector_env
 
     act = noise_free_actor(policy, config.chain())
     make_env = partial(make_vector_env, config.env())
-    return evaluate_seeds(act, make_env, first_seed, episodes, max(config.num_parallel_envs, ROW_BLOCK))
+    return evaluate_seeds(act, make_env, first_seed, episodes, max(config.num_parallel_envs, ROW_TILE))
 
 
 # --- Opening a run ----------------------------------------------------------------------------------------------------

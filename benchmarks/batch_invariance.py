@@ -3,8 +3,8 @@
     python benchmarks/batch_invariance.py [--quick] [--csv FILE] [--policy tiny] [--episodes 200] [--seed 10000]
 
 The noise is the same to the bit (tests/reinflow/test_noise.py). A matrix product rounds its last rows in another way
-where they do not fill a block of its kernel, and a contact may turn that into another outcome: reinflow/rollout.py
-fills the block.
+where they do not fill a tile of its kernel, and a contact may turn that into another outcome: reinflow/rollout.py
+fills the tile.
 """
 
 from __future__ import annotations

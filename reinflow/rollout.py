@@ -22,7 +22,7 @@ from reinflow.seeds import TrainingSeeds
 
 DiscountPer = Literal["control_step", "chunk"]
 CreditPer = Literal["decision", "control_step"]
-ROW_BLOCK = 4
+ROW_TILE = 4
 
 
 @dataclass
@@ -252,20 +252,20 @@ def act(
     return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
 
 
-def whole_blocks(n: int) -> NDArray[np.int64]:
-    """Indices of n rows, begun again until they fill blocks of ROW_BLOCK."""
-    return np.arange(-(-n // ROW_BLOCK) * ROW_BLOCK) % n
+def whole_tiles(n: int) -> NDArray[np.int64]:
+    """Indices of n rows, begun again until they fill tiles of ROW_TILE."""
+    return np.arange(-(-n // ROW_TILE) * ROW_TILE) % n
 
 
 def noise_free_actor(policy: FlowPolicy, spec: ChainSpec) -> Act:
     """The policy by the chain with zero noise, which is LeRobot's own sampler; x_0 follows from seed and decision.
 
-    Rows are repeated to a multiple of ROW_BLOCK: a matrix product rounds those that do not fill a block of its kernel
+    Rows are repeated to a multiple of ROW_TILE: a matrix product rounds those that do not fill a tile of its kernel
     in another way, and a contact can turn on the last digit of an action.
     """
 
     def act_noise_free(observation: Observation, seeds: Sequence[int], decision: int) -> np.ndarray:
-        rows = whole_blocks(len(seeds))
+        rows = whole_tiles(len(seeds))
         context = encode(policy, take_rows(observation, rows))
         playing = [seeds[row] for row in rows.tolist()]
         return act(policy, context, spec, playing, [decision] * len(rows), explore=False)[1][: len(seeds)]

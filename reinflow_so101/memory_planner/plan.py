@@ -136,7 +136,7 @@ def fits(plan: Plan, config: MemoryConfig) -> bool:
 
 def _plan(config: MemoryConfig, passes: PassBytes, cache: PrefixCache, refused: str) -> Plan:
     from reinflow.learner import KL_SAMPLE
-    from reinflow.rollout import ROW_BLOCK  # an evaluation has at least so many
+    from reinflow.rollout import ROW_TILE  # an evaluation has at least so many
 
     c, keep, offload = config.training, cache.keep, cache.offload
     decisions, envs, rows = c.decisions_per_iteration, c.num_parallel_envs, c.minibatch_size
@@ -158,7 +158,7 @@ def _plan(config: MemoryConfig, passes: PassBytes, cache: PrefixCache, refused: 
         Row("rollout buffer", buffer, buffer, f"{decisions} decisions x {decision / 2**20:.2f} MiB, {keep}"),
         Row("decisions for the KL", 0, sample),
         Row("current observations", acting, envs * (passes.kept["kv"] + passes.rest), f"{envs} envs, kv"),
-        Row("encoding", passes.encode(max(envs, ROW_BLOCK)), 0, f"vision tower and language model, {envs} envs"),
+        Row("encoding", passes.encode(max(envs, ROW_TILE)), 0, f"vision tower and language model, {envs} envs"),
         # The optimiser's step comes after it and works in place: Adam is fused.
         Row("forward and backward", 0, passes.update(keep)(rows), f"{rows} decisions x {c.num_denoising_steps} steps"),
     ]

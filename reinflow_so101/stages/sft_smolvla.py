@@ -429,7 +429,7 @@ def evaluate_success(
     from reinflow.env import take_rows
     from reinflow.evaluate import evaluate_seeds
     from reinflow.noise import episode_noise
-    from reinflow.rollout import whole_blocks
+    from reinflow.rollout import whole_tiles
     from reinflow_vla.base import lerobot_batch
     from so101_sim.vector.make import make_vector_env
 
@@ -440,7 +440,7 @@ def evaluate_success(
     shape = (policy.config.chunk_size, policy.config.max_action_dim)
 
     def act(observation: Observation, seeds: Sequence[int], decision: int) -> NDArray[np.float64]:
-        rows = whole_blocks(len(seeds))  # as noise_free_actor
+        rows = whole_tiles(len(seeds))  # as noise_free_actor
         x_0 = episode_noise([seeds[row] for row in rows], [decision] * len(rows), shape, "x_0")
         batch = preprocessor(lerobot_batch(take_rows(observation, rows), env.cameras))
         return postprocessor(policy.predict_action_chunk(batch, noise=x_0)).double().numpy()[: len(seeds)]
