@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinflow import UserError
+from reinflow_vla.trust import check_data_only, check_steps, no_remote_code
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
     from lerobot.configs import PreTrainedConfig
@@ -57,6 +58,7 @@ def locate_policy(reference: str | Path) -> Path:
 
     Raises:
         PolicyDirectoryError: neither is there; or files are missing in the directory.
+        UntrustedPolicyError: it is more than data.
     """
     directory = Path(reference)
     if not directory.is_dir():
@@ -67,15 +69,35 @@ def locate_policy(reference: str | Path) -> Path:
             f"{directory} lacks {', '.join(missing)}: a policy directory as LeRobot's save_pretrained writes it "
             "is needed, processors included (for a checkpoint, name its pretrained_model folder)"
         )
+    check_trusted(directory)
     return directory.resolve()
+
+
+def check_trusted(directory: Path) -> None:
+    """Refuse a policy directory that is more than data, before anything else reads it.
+
+    Raises:
+        UntrustedPolicyError: it names or brings code, or reads files elsewhere.
+        PolicyDirectoryError: a processor file is no JSON.
+    """
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        if (directory / name).is_file():
+            check_steps(directory / name, read_json(directory / name))
+    check_data_only(directory)
 
 
 def download_policy(repo_id: str) -> Path:
     """Local snapshot of a hub repository; raises PolicyDirectoryError with the remedy."""
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise PolicyDirectoryError(f"{repo_id}: no such directory, and not a hub repository of the form owner/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
+    folder = Path(repo_id).parent
+    if folder.is_dir() and not isinstance(try_to_load_from_cache(repo_id, CONFIG_FILE), str):
+        raise PolicyDirectoryError(
+            f"{repo_id}: no such directory, though {folder}/ is one, so this is not taken for a hub repository. Check "
+            f"the path; for the repository run `hf download {repo_id}` before, or start from another folder"
+        )
     try:
         return Path(snapshot_download(repo_id))
     except Exception as error:  # the hub client raises many types; all of them mean: not to be had
@@ -107,9 +129,12 @@ def resolve_folder(directory: Path, reference: str) -> str:
 
     A path relative to the policy directory wins; an absolute path must exist; `owner/name` is left to the hub.
     """
-    inside = directory / reference
+    inside = directory / reference  # an absolute reference stays what it is
     if inside.is_dir():
+        check_data_only(inside)
         return str(inside.resolve())
+    if Path(reference).is_dir():
+        check_data_only(Path(reference))
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     if looks_local and not Path(reference).is_dir():
         raise PolicyDirectoryError(
@@ -149,7 +174,10 @@ def load_processors(
 
     overrides = {"device_processor": {"device": config.device}, "tokenizer_processor": {"tokenizer_name": tokenizer}}
     try:
-        processors = make_pre_post_processors(config, pretrained_path=str(directory), preprocessor_overrides=overrides)
+        with no_remote_code():
+            processors = make_pre_post_processors(
+                config, pretrained_path=str(directory), preprocessor_overrides=overrides
+            )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PolicyDirectoryError(

@@ -31,6 +31,7 @@ from reinflow_vla.directory import (
     stored_tokenizer,
     write_json,
 )
+from reinflow_vla.trust import check_data_only
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
     from lerobot.configs import PreTrainedConfig
@@ -206,6 +207,8 @@ def load_pi0(
         )
     if tokenizer and not Path(tokenizer).is_dir():
         raise PolicyDirectoryError(f"pi0_tokenizer_path={tokenizer} is no directory: name one with tokenizer.json")
+    if tokenizer:
+        check_data_only(Path(tokenizer))
     name = tokenizer or resolve_folder(directory, stored_tokenizer(directory))
     processors = load_processors(directory, config, name, tokenizer_remedy(name))  # before 3.5 billion weights
     policy = build_model(config, sizes)

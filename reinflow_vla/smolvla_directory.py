@@ -24,6 +24,7 @@ from reinflow_vla.directory import (
     stored_tokenizer,
     write_json,
 )
+from reinflow_vla.trust import no_remote_code
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -62,7 +63,7 @@ def load_smolvla(
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
     try:
-        with quiet():
+        with quiet(), no_remote_code():
             policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)
     except RuntimeError as error:
         raise PolicyDirectoryError(

@@ -24,7 +24,8 @@ from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow_so101.command_line import flag_value
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
 from reinflow_so101.policy_card import TASK_GROUP, stored_env
-from reinflow_vla.directory import CONFIG_FILE, read_json
+from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
+from reinflow_vla.trust import no_remote_code
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:
@@ -121,9 +122,11 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
 
     from reinflow_vla.base import lerobot_batch
 
+    check_trusted(policy_dir)
     settings = PreTrainedConfig.from_pretrained(policy_dir, cli_overrides=[f"--device={config.device}"])
-    policy = get_policy_class(settings.type).from_pretrained(policy_dir, config=settings, strict=True).eval()
-    before, after = make_pre_post_processors(settings, pretrained_path=str(policy_dir))
+    with no_remote_code():
+        policy = get_policy_class(settings.type).from_pretrained(policy_dir, config=settings, strict=True).eval()
+        before, after = make_pre_post_processors(settings, pretrained_path=str(policy_dir))
     steps = config.n_action_steps or settings.n_action_steps
 
     @torch.no_grad()
