@@ -29,13 +29,22 @@ from reinflow.settings import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
+    SEED,
+    Range,
     check_same_settings,
     config_to_json,
     cut,
     refuse_existing_run,
-)  # fmt: skip
+)
 from reinflow_so101.checks import check_config
-from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, parse_flags, saved_config, starting_point
+from reinflow_so101.command_line import (
+    CHANGEABLE_ON_RESUME,
+    fresh_directory,
+    named_checkpoint,
+    parse_flags,
+    saved_config,
+    starting_point,
+)
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help takes half a second
@@ -48,6 +57,7 @@ if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help
     from reinflow_so101.policies import PolicySettings
 
 PI = 3.141592653589793
+RATE, SIGMA, ENVIRONMENTS = Range(0, 10, low_included=False), Range(0, 100, low_included=False), Range(1, 65_536)
 
 
 @dataclass(frozen=True)
@@ -88,33 +98,33 @@ class TrainingConfig:
     critic_input: Literal["features", "state"] = "features"
     """What the critic reads: the policy's prefix features, or the simulator's privileged state (an asymmetric
     actor-critic; the critic is not deployed)."""
-    critic_hidden_size: Annotated[int, POSITIVE] = 512
+    critic_hidden_size: Annotated[int, Range(2, 65_536)] = 512
     """Width of the critic's first hidden layer; the second is half of it."""
 
     # --- How much --------------------------------------------------------------------------------------------------
     num_episodes: Annotated[int, POSITIVE, tyro.conf.arg(aliases=["--episodes"])] = 20_000
     """Training episodes in all."""
-    num_parallel_envs: Annotated[int, POSITIVE, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
+    num_parallel_envs: Annotated[int, ENVIRONMENTS, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
     episodes_per_iteration: Annotated[int, POSITIVE] = 40
     """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""
-    seed: Annotated[int, NOT_NEGATIVE] = 0
+    seed: Annotated[int, SEED] = 0
     """Of weights, noise, shuffling and training blocks. Seeds from 10,000 up are for reporting only."""
 
     # --- PPO -------------------------------------------------------------------------------------------------------
     policy_optimizer: Literal["adam", "natural"] = "adam"
     """adam, or natural: one K-FAC step per rollout, scaled until its KL is target_kl; policy_lr is then not used."""
-    natural_damping: float = 0.1
+    natural_damping: Annotated[float, POSITIVE] = 0.1
     """Damping of K-FAC's covariances, as a share of their mean diagonal."""
-    natural_momentum: float = 0.5
+    natural_momentum: Annotated[float, FRACTION] = 0.5
     """Share of gradient and covariances that K-FAC keeps from one update to the next."""
-    policy_lr: Annotated[float, POSITIVE] = 3e-6
+    policy_lr: Annotated[float, RATE] = 3e-6
     """Adam's learning rate of the policy. A step's KL grows with lr^2 x D / sigma^2: D = 300 needs a small one."""
-    critic_lr: Annotated[float, POSITIVE] = 1e-4
+    critic_lr: Annotated[float, RATE] = 1e-4
     """Adam's learning rate of the critic; it moves no action, so it can be larger."""
     clip_epsilon: Annotated[float, POSITIVE] = 0.15
     """PPO clip of the ratio."""
-    target_kl: Annotated[float, NOT_NEGATIVE] = 0.1
+    target_kl: Annotated[float, Range(0, 100)] = 0.1
     """Stop an iteration's policy steps once the KL, measured after a step, exceeds this; 0 never stops."""
     undo_overshoot: bool = False
     """Take back a step whose KL exceeds 1.5 x target_kl and halve the rate, which recovers while KL stays low."""
@@ -138,7 +148,7 @@ class TrainingConfig:
     credit: Literal["decision", "control_step"] = "decision"
     """What has a value of its own: decisions, or every control step by the simulator's state, so that each executed
     action has its own advantage (with white noise; a cosine takes that of the chunk's first step)."""
-    value_clip_epsilon: Annotated[float, NOT_NEGATIVE] = 0.2
+    value_clip_epsilon: Annotated[float, Range(0, 1e6)] = 0.2
     """Clip of the value update, in standard deviations of the return; 0 is off."""
     entropy_coeff: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the noise's entropy."""
@@ -154,11 +164,11 @@ class TrainingConfig:
     """First iterations that train the critic alone, on the same targets."""
 
     # --- The noisy denoising chain ---------------------------------------------------------------------------------
-    num_denoising_steps: Annotated[int, POSITIVE] = 1
+    num_denoising_steps: Annotated[int, Range(1, 1_000)] = 1
     """K, Euler steps from noise to action; evaluation and export use the same."""
-    sigma_min: Annotated[float, POSITIVE] = 0.25
+    sigma_min: Annotated[float, SIGMA] = 0.25
     """Smallest std of the exploration noise, in normalised action units."""
-    sigma_max: Annotated[float, POSITIVE] = 0.50
+    sigma_max: Annotated[float, SIGMA] = 0.50
     """Largest std of the exploration noise, as noise_schedule lets it fall."""
     noise_schedule: Literal["hold_cosine", "constant", "linear", "exponential"] = "hold_cosine"
     """How sigma_max falls over training."""
@@ -210,7 +220,7 @@ class TrainingConfig:
     """A random block is turned by up to +- this."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
     """Cameras to render; the policy's must be among them."""
-    image_size: Annotated[int, POSITIVE] = 256
+    image_size: Annotated[int, Range(8, 4_096)] = 256
     """Height and width of every image."""
     lift_threshold: Annotated[float, POSITIVE] = 0.08
     """Block height in metres that counts as lifted."""
@@ -234,11 +244,11 @@ class TrainingConfig:
     within a standard error of the highest success."""
     eval_episodes: Annotated[int, POSITIVE] = 100
     """Episodes of one such evaluation."""
-    eval_seed: Annotated[int, NOT_NEGATIVE] = 5_000
+    eval_seed: Annotated[int, SEED] = 5_000
     """First tuning seed; below 10,000."""
     report_episodes: Annotated[int, NOT_NEGATIVE] = 200
     """Episodes of the evaluation before and after training, on seeds from report_seed; 0 leaves it out."""
-    report_seed: Annotated[int, NOT_NEGATIVE] = 10_000
+    report_seed: Annotated[int, SEED] = 10_000
     """First reporting seed; nothing is ever chosen by these."""
 
     # --- Run directory and tracking --------------------------------------------------------------------------------
@@ -263,14 +273,14 @@ class TrainingConfig:
     prefix_cache: Literal["auto", "kv", "embeddings", "none"] = "auto"
     """What a rollout keeps of the frozen prefix: kv (an update runs the action expert alone), embeddings (and the
     language model), none (and the vision tower); auto takes the first that fits, on CUDA in host memory if need be."""
-    prefix_cache_gb: Annotated[float, NOT_NEGATIVE] = 0.0
+    prefix_cache_gb: Annotated[float, Range(0, 1e6)] = 0.0
     """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
     compile_expert: bool = False
     """Gradients of the action expert by torch.compile: on a CPU 1.2 to 1.7 times as fast with Adam, after a minute or
     two of compiling in the first update. Acting stays as it is. Not for natural steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
-    num_threads: Annotated[int, NOT_NEGATIVE] = 0
+    num_threads: Annotated[int, Range(0, 1_024)] = 0
     """Threads of torch; 0 is its own choice. MuJoCo always takes all cores. The last digits of the results depend on
     this number."""
 
@@ -463,9 +473,9 @@ def update(run: Run, config: TrainingConfig, buffer: RolloutBuffer) -> None:
 
 def evaluate(run: Run, config: TrainingConfig) -> None:
     """Noise-free success on tuning seeds, which chooses the best checkpoint."""
-    result = play(run.policy, config, config.eval_seed, config.eval_episodes)
-    run.metrics |= result.metrics()
-    run.keep_if_best(result)
+    if result := play(run, config, config.eval_seed, config.eval_episodes):
+        run.metrics |= result.metrics()
+        run.keep_if_best(result)
 
 
 def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -> None:
@@ -477,20 +487,23 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
         return
     if when == "after":
         run.load_best()
-    result = play(run.policy, config, config.report_seed, config.report_episodes)
-    write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(TASK_GROUP))
-    run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
+    if result := play(run, config, config.report_seed, config.report_episodes):
+        write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(TASK_GROUP))
+        run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
 
 
-def play(policy: FlowPolicy, config: TrainingConfig, first_seed: int, episodes: int) -> EvalResult:
-    """Noise-free episodes on ``episodes`` seeds, by the policy object that acts in rollouts."""
-    from reinflow.evaluate import evaluate_seeds
+def play(run: Run, config: TrainingConfig, first_seed: int, episodes: int) -> EvalResult | None:
+    """Noise-free episodes on ``episodes`` seeds, by the policy object that acts in rollouts; None after a signal."""
+    from reinflow.evaluate import EvaluationStopped, evaluate_seeds
     from reinflow.rollout import ROW_TILE, noise_free_actor
     from so101_sim.vector.make import make_vector_env
 
-    act = noise_free_actor(policy, config.chain())
+    act = run.unless_stopped(noise_free_actor(run.policy, config.chain()))
     make_env = partial(make_vector_env, config.env())
-    return evaluate_seeds(act, make_env, first_seed, episodes, max(config.num_parallel_envs, ROW_TILE))
+    try:
+        return evaluate_seeds(act, make_env, first_seed, episodes, max(config.num_parallel_envs, ROW_TILE))
+    except EvaluationStopped:
+        return None
 
 
 # --- Opening a run ----------------------------------------------------------------------------------------------------
@@ -498,21 +511,25 @@ def play(policy: FlowPolicy, config: TrainingConfig, first_seed: int, episodes: 
 
 def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
     """A new run in its own directory, or with ``config.resume`` the saved one; and its settings as they came out."""
-    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    from so101_sim.scene import check_scene
+
+    run_dir = Path(config.output_dir)
     if config.resume:
-        run_dir = Path(config.output_dir)
         saved = config_to_json(saved_config(run_dir, TrainingConfig))
         check_same_settings(config_to_json(config), saved, CHANGEABLE_ON_RESUME)
-    else:
-        run_dir = Path(config.output_dir or f"outputs/train/{stamp}_{config.preset}")
+    elif config.output_dir:
         refuse_existing_run(run_dir)
-        if config.auto_scale:
-            from reinflow_so101.auto_scale import auto_scale
+    else:
+        stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+        run_dir = fresh_directory(f"outputs/train/{stamp}_{config.preset}")
+    if config.auto_scale:
+        from reinflow_so101.auto_scale import auto_scale
 
-            config, changes = auto_scale(config)
-            print(changes)
+        config, changes = auto_scale(config)
+        print(changes)
+    check_scene(config.env())
     config, run = make_run(config, run_dir)
-    return config, run.resume() if config.resume else run.start()
+    return config, run.resume(named_checkpoint(config.checkpoint_path)) if config.resume else run.start()
 
 
 def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run]:
@@ -528,7 +545,7 @@ def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    device = pick_device(config.device)
+    device = pick_device(config.device, or_any=config.resume)
     policy = make_policy(config, device)
     config = replace(config, **policy.settled())
     learner = PPOLearner(policy, config.chain(), config.learner(), config.seed)

@@ -94,6 +94,15 @@ def mark_best(run_dir: Path | str, step: int) -> None:
     _link(root, BEST, name)
 
 
+def point_last_at(run_dir: Path | str, step: int) -> None:
+    """Point ``last`` at the checkpoint of ``step``, and drop ``best`` if it came later."""
+    root = Path(run_dir) / CHECKPOINTS
+    best = _target(root, BEST)
+    if best is not None and int(best) > step:
+        (root / BEST).unlink()
+    _link(root, LAST, f"{step:06d}")
+
+
 def prune_checkpoints(run_dir: Path | str, keep: int) -> list[Path]:
     """Remove all but the newest ``keep`` checkpoints; never what ``last`` or ``best`` point to.
 

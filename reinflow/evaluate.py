@@ -29,6 +29,10 @@ FrameHook = Callable[[Sequence[int], Observation], None]
 CONFIDENCE = 0.95
 
 
+class EvaluationStopped(Exception):
+    """Somebody asked to stop; what was played so far is dropped."""
+
+
 class EvaluationError(UserError, RuntimeError):
     """The environments do not behave as an evaluation needs."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -281,6 +282,7 @@ class PPOLearner:
             "ppo/epochs_done": 1.0,
             "ppo/early_stopped": 0.0,
             "ppo/steps_undone": 0.0,
+            "ppo/steps_refused": float(not math.isfinite(kl)),
         }
 
     def _policy_step(self, data: RolloutBatch, rows: Tensor) -> dict[str, float]:
@@ -288,8 +290,11 @@ class PPOLearner:
         info = self._policy_gradient(data, rows)
         parameters, limit = self.policy.policy_parameters(), self.settings.grad_clip_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-        self.policy_optimizer.step()
-        return info | {"gradients/policy_norm": norm, "gradients/policy_clipped": float(norm > limit)}
+        if math.isfinite(norm):
+            self.policy_optimizer.step()
+        refused = float(not math.isfinite(norm))
+        clipped = float(norm > limit)
+        return info | {"gradients/policy_norm": norm, "gradients/policy_clipped": clipped, "ppo/steps_refused": refused}
 
     def _policy_gradient(self, data: RolloutBatch, rows: Tensor) -> dict[str, float]:
         """Gradient of the batch ``rows``, accumulated over minibatches."""
@@ -360,7 +365,8 @@ class PPOLearner:
             self.critic_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip_norm).item()
-            self.critic_optimizer.step()
+            if math.isfinite(norm):
+                self.critic_optimizer.step()
             log.add({
                 "loss/value": loss.item(),
                 "gradients/critic_norm": norm,

@@ -117,12 +117,15 @@ class NaturalGradient(torch.optim.Optimizer):
             measure: KL of the weights as they are against those before the step.
 
         Returns:
-            The KL reached.
+            The KL reached; 0 without a step where ``target`` is 0, as at the end of a decay to 0. NaN without a step
+            where a gradient or covariance is not finite: neither weights nor running means take it.
         """
+        if not self._finite():
+            return math.nan
         directions = self.directions()
         snapshot = [p.detach().clone() for p in self._parameters]
         length = float(torch.stack([d.norm() for d in directions]).norm())
-        if length == 0.0:
+        if length == 0.0 or target <= 0.0:
             return 0.0
         scale, too_short, too_long, kl, kept = 1e-3 / length, 0.0, math.inf, 0.0, 0.0
         for _ in range(KL_TRIALS):
@@ -141,6 +144,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self._restore(snapshot)
         self.move(directions, too_short)
         return kept
+
+    def _finite(self) -> bool:
+        fresh = [t for pair in self._sums.values() for t in pair] + [
+            p.grad for p in self._parameters if p.grad is not None
+        ]
+        return all(bool(torch.isfinite(t).all()) for t in fresh)
 
     def _restore(self, snapshot: list[Tensor]) -> None:
         for parameter, saved in zip(self._parameters, snapshot, strict=True):

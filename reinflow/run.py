@@ -7,25 +7,34 @@ evaluate) are the loop's, in train_reinflow.py.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+import torch
+
 from reinflow import ConfigError, checkpoint
-from reinflow.doctor import RULES, Doctor, Rule
-from reinflow.env import ChunkVectorEnv
-from reinflow.evaluate import EvalResult
+from reinflow.doctor import FINDINGS_FILE, RULES, Doctor, Rule
+from reinflow.env import ChunkVectorEnv, Observation
+from reinflow.evaluate import Act, EvalResult, EvaluationStopped
 from reinflow.learner import PPOLearner
+from reinflow.lock import RunLock
+from reinflow.metrics import METRICS_FILE, read_metrics
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
 from reinflow.settings import CONFIG_FILE, check_same_settings, refuse_existing_run
 from reinflow.tracking import Tracker, WandbMode, open_tracker
-from reinflow.training_state import rng_state, set_rng_state
+from reinflow.training_state import CheckpointError, rng_state, set_rng_state
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,30 @@ class RunSettings:
     def training_seeds(self) -> TrainingSeeds:
         """Of the run's episodes."""
         return TrainingSeeds(self.seed, self.eval_seed)
+
+
+WAYS = ("resume", "output_dir", "checkpoint_path")  # settings that say how a run is opened, not what it is
+
+
+def set_aside(run_dir: Path, iteration: int) -> Path | None:
+    """Move what a run has after ``iteration`` into a dated folder: checkpoints, and the lines of its files.
+
+    Returns:
+        The folder; None if there is nothing.
+    """
+    later = [path for path in checkpoint.list_checkpoints(run_dir) if int(path.name) > iteration]
+    files = [path for name in (METRICS_FILE, FINDINGS_FILE) if (path := run_dir / name).exists()]
+    ahead = [path for path in files if any((row["progress/iteration"] or 0) > iteration for row in read_metrics(path))]
+    if not later:  # lines alone are of iterations that no checkpoint holds: they will be written again
+        return None
+    folder = run_dir / "set_aside" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder.mkdir(parents=True)
+    for path in ahead:
+        shutil.copy2(path, folder / path.name)
+    checkpoint.point_last_at(run_dir, iteration)
+    for path in later:
+        os.replace(path, folder / path.name)
+    return folder
 
 
 class Run:
@@ -109,6 +142,7 @@ class Run:
         self.wandb_id: str | None = None
         self.stop_requested = False
         self._saved_at = self._logged_at = 0
+        self._unlogged: list[dict[str, float]] = []
         self._iteration_start = time.perf_counter()
 
     # --- Opening and closing ----------------------------------------------------------------------------------------
@@ -121,21 +155,37 @@ class Run:
         """
         refuse_existing_run(self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        self.lock = RunLock(self.run_dir)
+        for leftover in (METRICS_FILE, FINDINGS_FILE):  # of a start that never came to a checkpoint
+            (self.run_dir / leftover).unlink(missing_ok=True)
+        self._write_config()
         self.current = RolloutState.start(self.policy, self.env, self.seeds)
         self._open_sinks(resumed=None)
+        self.save()  # so that whatever ends the run from here on, it can be resumed
+        self.tracker.message(f"run directory: {self.run_dir}")
         return self
 
-    def resume(self) -> Self:
-        """The run as its last checkpoint left it, bit for bit.
+    def _write_config(self) -> None:
+        temporary = self.run_dir / f"{CONFIG_FILE}.tmp"
+        temporary.write_text(json.dumps(self.config, indent=2) + "\n")
+        os.replace(temporary, self.run_dir / CONFIG_FILE)
+
+    def resume(self, from_checkpoint: Path | None = None) -> Self:
+        """The run as a checkpoint left it, bit for bit.
+
+        Args:
+            from_checkpoint: one of the run's; None is the last. What came after it is set aside, not lost.
 
         Raises:
-            ConfigError: its settings were others.
+            ConfigError: its settings were others, or another process has it.
             CheckpointError: there is no checkpoint, or it does not fit.
         """
-        stored = json.loads((self.run_dir / CONFIG_FILE).read_text()) if self.run_dir.exists() else {}
+        chosen = checkpoint.resolve_checkpoint(from_checkpoint or self.run_dir)
+        self.lock = RunLock(self.run_dir)
+        stored = json.loads((self.run_dir / CONFIG_FILE).read_text())
         check_same_settings(self.config, stored, self.changeable)
-        tensors, state = checkpoint.load_training_state(checkpoint.resolve_checkpoint(self.run_dir))
+        self.config |= {name: stored[name] for name in WAYS if name in stored}
+        tensors, state = checkpoint.load_training_state(chosen)
         self.policy.load_trainable_state(tensors["policy"])
         self.learner.load_state_dict(state)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
@@ -144,8 +194,24 @@ class Run:
         observation = self.env.set_state(state["env"])
         self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
         set_rng_state(state["rng"])
+        aside = set_aside(self.run_dir, self.iteration)
+        if aside and not (self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST).exists():
+            self.best_success = -1.0  # the best one came later: the next evaluation is the best so far
+        self._write_config()
         self._open_sinks(resumed=self.iteration)
+        self._say_what_is_resumed(stored, aside)
         return self
+
+    def _say_what_is_resumed(self, stored: Mapping[str, Any], aside: Path | None) -> None:
+        say = self.tracker.message
+        say(f"run directory: {self.run_dir}, resumed after iteration {self.iteration} ({self.episodes} episodes)")
+        if aside:
+            say(f"what came after it is kept in {aside}")
+        changes = [f"{k} {stored.get(k)} -> {v}" for k, v in self.config.items() if stored.get(k) != v]
+        if changes:
+            say(f"changed in {CONFIG_FILE}: {', '.join(changes)}")
+        if self.episodes >= self.settings.num_episodes:
+            say(f"all {self.settings.num_episodes:,} episodes are done; a larger number of episodes goes on")
 
     def _open_sinks(self, resumed: int | None) -> None:
         self.tracker = open_tracker(
@@ -163,7 +229,8 @@ class Run:
         self.doctor = Doctor(self.run_dir, self.config, resumed, self.rules)
 
     def __enter__(self) -> Self:
-        self._handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._handlers = {s: signal.signal(s, self._request_stop) for s in signals}
         return self
 
     def __exit__(
@@ -173,6 +240,7 @@ class Run:
             signal.signal(number, handler)
         self.env.close()
         self.tracker.close(failed=kind is not None)
+        self.lock.release()
 
     def _request_stop(self, number: int, _frame: object) -> None:
         if self.stop_requested:
@@ -180,6 +248,16 @@ class Run:
         self.stop_requested = True
         name = signal.Signals(number).name
         self.tracker.message(f"{name}: saving after this iteration (once more to stop at once)")
+
+    def unless_stopped(self, act: Act) -> Act:
+        """``act`` for an evaluation, which a signal then ends with EvaluationStopped."""
+
+        def act_or_stop(observation: Observation, seeds: Sequence[int], decision: int) -> np.ndarray:
+            if self.stop_requested:
+                raise EvaluationStopped
+            return act(observation, seeds, decision)
+
+        return act_or_stop
 
     # --- While the loop runs ----------------------------------------------------------------------------------------
 
@@ -202,11 +280,20 @@ class Run:
             "progress/episodes": float(self.episodes),
             "time/iteration": time.perf_counter() - self._iteration_start,
         }
-        if self.episodes - self._logged_at >= self.settings.log_interval:
-            self._logged_at = self.episodes
-            self.tracker.log(self.iteration, self.metrics)
-            for finding in self.doctor.examine(self.iteration, self.metrics):
-                self.tracker.alert(finding.rule, str(finding), error=finding.severity == "error")
+        self._unlogged.append(self.metrics)
+        evaluated = any(name.startswith("eval/") for name in self.metrics)
+        if evaluated or self.episodes - self._logged_at >= self.settings.log_interval:
+            self._log_interval()
+
+    def _log_interval(self) -> None:
+        """Means over the iterations since the last line; counters and evaluations as they stand."""
+        rows, self._unlogged, self._logged_at = self._unlogged, [], self.episodes
+        names = dict.fromkeys(name for row in rows for name in row)
+        merged = {name: fmean([row[name] for row in rows if name in row]) for name in names}
+        merged |= {name: value for name, value in rows[-1].items() if name.startswith(("progress/", "eval/"))}
+        self.tracker.log(self.iteration, merged)
+        for finding in self.doctor.examine(self.iteration, merged):
+            self.tracker.alert(finding.rule, str(finding), error=finding.severity == "error")
 
     def keep_if_best(self, result: EvalResult) -> None:
         """Save and mark the best checkpoint: the last one within a standard error of the highest success so far, since
@@ -234,6 +321,12 @@ class Run:
             "env": self.env.get_state(),
         }
         tensors = {"policy": self.policy.trainable_state()}
+        bad = [name for name, tensor in tensors["policy"].items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise CheckpointError(
+                f"nothing was saved: {', '.join(bad[:4])} hold NaN or infinity after iteration {self.iteration}. "
+                f"Go on from the last checkpoint with smaller steps: {self.resume_command}"
+            )
         checkpoint.save_checkpoint(self.run_dir, self.iteration, self._write_policy, tensors, state)
         checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)
         self._saved_at = self.episodes
@@ -246,7 +339,9 @@ class Run:
     # --- At the end -------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Save where the loop ended; after a signal say how to go on."""
+        """Log and save where the loop ended; after a signal say how to go on."""
+        if self._unlogged:
+            self._log_interval()
         if self._saved_at < self.episodes:
             self.save()
         if self.stop_requested:

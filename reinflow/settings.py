@@ -25,21 +25,28 @@ CONFIG_FILE = "config.json"  # of a run
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that a setting may have. NaN lies in none."""
+    """Numbers that a setting may have, between two bounds. NaN and infinity lie in none."""
 
-    words: str  # "must be ..."
     low: float
-    high: float = float("inf")
+    high: float
     low_included: bool = True
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is one of them."""
         return (value >= self.low if self.low_included else value > self.low) and value <= self.high
 
+    def __str__(self) -> str:
+        if not self.low_included and self.low == 0:
+            return f"be positive and at most {self.high:,.12g}"
+        low = "not be negative and be" if self.low == 0 else f"be at least {self.low:,.12g} and"
+        return f"{low} at most {self.high:,.12g}"
 
-POSITIVE = Range("be positive", 0, low_included=False)
-NOT_NEGATIVE = Range("not be negative", 0)
-FRACTION = Range("lie in [0, 1]", 0, 1)
+
+LARGE = 1e9  # no setting of this project is larger; what is, is a slip of the keyboard
+POSITIVE = Range(0, LARGE, low_included=False)
+NOT_NEGATIVE = Range(0, LARGE)
+FRACTION = Range(0, 1)
+SEED = Range(0, 2**32 - 1)
 
 
 @cache
@@ -54,7 +61,7 @@ def out_of_range(config: DataclassInstance) -> Iterator[str]:
     for name, allowed in _ranges(type(config)).items():
         value = getattr(config, name)
         if not allowed.holds(value):
-            yield f"{name} must {allowed.words}, got {value}"
+            yield f"{name} must {allowed}, got {value}"
 
 
 def cut[S](config: DataclassInstance, settings: type[S], **given: Any) -> S:
@@ -81,9 +88,14 @@ def config_from_json[S](data: Mapping[str, Any], config_type: type[S]) -> S:
     return config_type(**values)
 
 
+def holds_run(run_dir: Path) -> bool:
+    """Whether there is something to resume: a directory is a run if and only if it holds a complete checkpoint."""
+    return any((run_dir / "checkpoints").glob("[0-9]*/training_state/state.json"))
+
+
 def refuse_existing_run(run_dir: Path) -> None:
-    """Raise ConfigError if a run is there."""
-    if (run_dir / CONFIG_FILE).exists():
+    """Raise ConfigError if a run is there; what never came to a checkpoint may be started again."""
+    if holds_run(run_dir):
         raise ConfigError(f"output_dir={run_dir} holds a run already: add --resume, or choose another directory")
 
 

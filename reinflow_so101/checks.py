@@ -47,6 +47,12 @@ def _contradictions(c: FlatConfig) -> Iterator[str]:
             "compile_expert gains nothing with policy_optimizer=natural, which watches every layer: drop it, or set "
             "policy_optimizer=adam"
         )
+    if c.policy_optimizer == "natural" and (c.num_ppo_epochs != 1 or c.undo_overshoot):
+        yield (
+            f"num_ppo_epochs={c.num_ppo_epochs} and undo_overshoot={c.undo_overshoot} are not read with "
+            "policy_optimizer=natural, which takes one step of measured length a rollout: set num_ppo_epochs=1 and "
+            "drop undo_overshoot"
+        )
     if c.n_action_steps > c.chunk_size:
         yield f"n_action_steps={c.n_action_steps} exceeds chunk_size={c.chunk_size}: execute at most the whole chunk"
     if c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:

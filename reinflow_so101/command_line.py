@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 CHANGEABLE_ON_RESUME = {
     "num_episodes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints", "log_interval",
-    "wandb_enabled", "wandb_mode", "headless", "num_threads", "report_episodes",
+    "wandb_enabled", "wandb_mode", "render", "headless", "num_threads", "report_episodes", "device",
     "prefix_cache", "prefix_cache_gb", "compile_expert",
 }  # fmt: skip
 
@@ -58,20 +59,21 @@ def flag_value(argv: Sequence[str], *names: str) -> str:
     return ""
 
 
-def saved_config[C](run_dir: Path, config_type: type[C]) -> C:
+def saved_config[C: DataclassInstance](run_dir: Path, config_type: type[C]) -> C:
     """The settings that a run was started with, ready to resume it."""
     saved = json.loads((run_dir / CONFIG_FILE).read_text()) | {"resume": True, "output_dir": str(run_dir)}
     return config_from_json(saved, config_type)
 
 
-def starting_point[C](argv: Sequence[str], presets: Mapping[str, C]) -> C:
+def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[str, C]) -> C:
     """The config whose fields the flags override: a preset's, or with --resume the run's own."""
     if "--resume" in argv:
         run = resume_directory(
             flag_value(argv, "--checkpoint-path", "--checkpoint_path"),
             flag_value(argv, "--output-dir", "--output_dir"),
         )
-        return saved_config(run, type(next(iter(presets.values()))))
+        shown = {"render": False} if "--headless" in argv else {}
+        return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
     preset = flag_value(argv, "--preset") or "smolvla"
     if preset not in presets:
         raise ConfigError(f"preset={preset} is unknown: choose one of {sorted(presets)}")
@@ -83,13 +85,36 @@ def this_command(script: str) -> str:
     return script if Path(sys.argv[0]).name == script else f"python {sys.argv[0]}"
 
 
-def pick_device(name: str) -> str:
-    """Resolve "auto"; raise ConfigError for an accelerator that is not there."""
+def fresh_directory(path: str) -> Path:
+    """A new directory of that name, or of the name with a number behind it: two runs never share one."""
+    for number in itertools.count(1):
+        directory = Path(path if number == 1 else f"{path}-{number}")
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+    raise AssertionError("unreachable")
+
+
+def named_checkpoint(checkpoint_path: str) -> Path | None:
+    """The checkpoint that --checkpoint-path names; None where it names the whole run, or nothing that is there."""
+    path = Path(checkpoint_path)
+    inside = path if (path / "training_state").is_dir() else path.parent
+    return inside if (inside / "training_state").is_dir() else None
+
+
+def pick_device(name: str, or_any: bool = False) -> str:
+    """Resolve "auto"; an accelerator that is not there is a ConfigError, or with ``or_any`` replaced and said."""
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name] and or_any:
+        found = pick_device("auto")
+        print(f"device={name} is not here: the run goes on with {found}, not bit for bit as it would have there")
+        return found
     if not available[name]:
         raise ConfigError(f"device={name} is not available on this machine: use --device auto")
     return name

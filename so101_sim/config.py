@@ -10,6 +10,7 @@ from typing import Literal
 from reinflow import ConfigError
 from so101_mujoco_utils import CAMERA_NAMES, FRAMES, NUM_JOINTS, REWARD_TERMS, RewardConfig
 
+REACH_M = 1.0  # more than the arm's, less than a slip of the keyboard
 BLOCK_YAW_DEG = 0.4 * 180 / math.pi
 
 
@@ -71,8 +72,10 @@ class EnvConfig:
     def __post_init__(self) -> None:
         _check_choice("joint_frame", self.joint_frame, FRAMES)
         _check_choice("reward_mode", self.reward_mode, REWARD_TERMS)
-        for name in ("image_size", "steps_per_action", "max_steps_per_episode"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "use a whole number of at least 1")
+        for name, most in (("image_size", 4_096), ("steps_per_action", 1_000), ("max_steps_per_episode", 100_000)):
+            _require(
+                1 <= getattr(self, name) <= most, name, getattr(self, name), f"use a whole number from 1 to {most:,}"
+            )
         for name, size in (("block_pos", 3), ("block_radius_range", 2), ("starting_position", NUM_JOINTS)):
             value = getattr(self, name)
             numbers = len(value) == size and all(math.isfinite(number) for number in value)
@@ -85,6 +88,10 @@ class EnvConfig:
             _require(math.isfinite(value) and value >= 0.0, name, value, "use a finite number of at least 0")
         _require(self.reach_length > 0.0, "reach_length", self.reach_length, "use a distance above 0, such as 0.05 m")
         low, high = self.block_radius_range
+        _require(high <= REACH_M, "block_radius_range", (low, high), f"the arm reaches less than {REACH_M} m")
+        x, y, z = self.block_pos
+        _require(max(abs(x), abs(y)) <= REACH_M, "block_pos", self.block_pos, f"the arm reaches less than {REACH_M} m")
+        _require(0.0 <= z <= REACH_M, "block_pos", self.block_pos, "the floor is at height 0, the arm below 1 m")
         _require(0.0 < low <= high, "block_radius_range", (low, high), "order it as (nearest, farthest), above 0 m")
         above = self.block_pos[2] < self.lift_threshold
         _require(above, "lift_threshold", self.lift_threshold, f"use more than the block's start {self.block_pos[2]} m")

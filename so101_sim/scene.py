@@ -165,6 +165,15 @@ class PickScene:
         return state
 
 
+def check_scene(config: EnvConfig) -> None:
+    """Refuse settings that the scene cannot follow, such as a camera that it lacks, before anything large is loaded.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    PickScene(config)
+
+
 class UnstableSimulationError(UserError, RuntimeError):
     """MuJoCo warned (bad numbers, full buffers): what it computed cannot be trusted."""
 

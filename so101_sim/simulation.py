@@ -118,7 +118,12 @@ class Simulation:
             warnings.simplefilter("ignore")
             if not glfw.init():
                 raise RenderError("the viewer cannot open a window: run on a machine with a display, or without render")
-        self._viewer = mujoco.viewer.launch_passive(self.model, self.data)
+        try:
+            self._viewer = mujoco.viewer.launch_passive(self.model, self.data)
+        except RuntimeError as error:  # macOS: "launch_passive requires that the Python script be run under mjpython"
+            raise RenderError(
+                f"the viewer cannot start ({error}): on macOS run with mjpython, or without render"
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """What the episode goes on from bit for bit: numpy arrays and JSON-able values."""

@@ -36,7 +36,7 @@ SEED_DEFAULTS = {
 BAD = [
     ("sigma_min", {"sigma_min": 0.6}),
     ("sigma_min", {"sigma_min": 0.0}),
-    ("target_kl", {"policy_optimizer": "natural", "target_kl": 0.0}),
+    ("target_kl", {"policy_optimizer": "natural", "num_ppo_epochs": 1, "target_kl": 0.0}),
     ("compile_expert", {"policy_optimizer": "natural", "compile_expert": True}),
     ("n_action_steps", {"n_action_steps": 60, "max_steps_per_episode": 180}),
     ("chunks_per_episode", {"chunks_per_episode": 4}),
@@ -54,6 +54,21 @@ BAD = [
     ("policy_lr", {"policy_lr": 0.0}),
     ("policy_lr", {"policy_lr": float("nan")}),
     ("minibatch_size", {"minibatch_size": 0}),
+    ("num_parallel_envs", {"num_parallel_envs": 0}),
+    ("num_threads", {"num_threads": 1_000_000}),
+    ("image_size", {"image_size": 1}),
+    ("image_size", {"image_size": 100_000}),
+    ("report_seed", {"report_seed": 2**64}),
+    ("target_kl", {"target_kl": float("inf")}),
+    ("natural_momentum", {"natural_momentum": float("nan")}),
+    ("natural_momentum", {"natural_momentum": 2.0}),
+    ("natural_damping", {"natural_damping": -1.0}),
+    ("num_ppo_epochs", {"policy_optimizer": "natural"}),
+    ("undo_overshoot", {"policy_optimizer": "natural", "num_ppo_epochs": 1, "undo_overshoot": True}),
+    ("block_radius_range", {"block_radius_range": (0.2, 5.0)}),
+    ("block_pos", {"block_pos": (0.0, 0.3, -0.1)}),
+    ("lift_threshold", {"lift_threshold": 0.01}),
+    ("start_noise_deg", {"start_noise_deg": 200.0}),
     ("cameras", {"cameras": ()}),
     ("block_radius_range", {"block_radius_range": (0.3, 0.2)}),
     ("noise_last_step_only", {"noise_last_step_only": True}),
@@ -157,7 +172,9 @@ def test_resume_without_a_run_says_so(tmp_path):
 
 
 def test_existing_run_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    state = tmp_path / "checkpoints/000000/training_state"
+    state.mkdir(parents=True)
+    (state / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match="output_dir"):
         train(replace(TrainingConfig(), output_dir=str(tmp_path)))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from reinflow import ConfigError
 from reinflow.checkpoint import checkpoint_step, resolve_checkpoint
-from reinflow.evaluate import EpisodeRow, EvalResult
+from reinflow.evaluate import EpisodeRow, EvalResult, EvaluationStopped
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.metrics import read_metrics
@@ -30,16 +31,20 @@ def make_run(directory: Path, episodes: int = 16, **settings) -> Run:
     return Run(directory, policy, ReachEnv(4), learner, how, asdict(UPDATE), resume_command="go on")
 
 
+def act_and_learn(run: Run) -> None:
+    """An iteration is 4 episodes of 2 decisions."""
+    buffer, info, run.current = collect_rollout(
+        run.policy, run.env, run.current, 2, SPEC, RolloutSettings(gamma=0.99), run.learner.normalizer, run.seeds
+    )
+    run.episodes += len(info.episodes)
+    run.metrics |= info.metrics() | run.learner.update(buffer)
+
+
 def iterate(run: Run) -> None:
-    """The loop without evaluations: an iteration is 4 episodes of 2 decisions."""
+    """The loop without evaluations."""
     with run:
         for _ in run.iterations():
-            buffer, info, run.current = collect_rollout(
-                run.policy, run.env, run.current, 2, SPEC, RolloutSettings(gamma=0.99),
-                run.learner.normalizer, run.seeds,
-            )  # fmt: skip
-            run.episodes += len(info.episodes)
-            run.metrics |= info.metrics() | run.learner.update(buffer)
+            act_and_learn(run)
             run.log()
             run.save_if_due()
         run.finish()
@@ -67,6 +72,123 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["policy_lr"] == 1e-3
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000004", "last"]
     assert (tmp_path / "checkpoints/last/pretrained_model/model.safetensors").is_file()
+
+
+def test_a_start_that_never_came_to_a_checkpoint_may_be_started_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"progress/iteration": 1.0}\n')
+    (tmp_path / "checkpoints/.tmp-000000").mkdir(parents=True)  # killed while it saved
+    iterate(make_run(tmp_path).start())
+    assert [row["progress/iteration"] for row in figures(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_can_be_resumed_before_its_first_iteration_and_is_never_started_over(tmp_path):
+    run = make_run(tmp_path / "run").start()
+    with run:
+        pass  # the process ends here: during a report, say
+    with pytest.raises(ConfigError, match="holds a run already"):
+        make_run(tmp_path / "run").start()
+    resumed = make_run(tmp_path / "run").resume()
+    assert resumed.iteration == 0
+    iterate(resumed)
+    iterate(make_run(tmp_path / "straight").start())
+    assert figures(tmp_path / "run") == figures(tmp_path / "straight")
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_what_came_later_is_kept(tmp_path, capsys):
+    iterate(make_run(tmp_path, save_interval=4, keep_checkpoints=9).start())
+    before = figures(tmp_path)
+    run = make_run(tmp_path, save_interval=4, keep_checkpoints=9).resume(tmp_path / "checkpoints/000002")
+    assert run.iteration == 2 and "kept in" in capsys.readouterr().out
+    iterate(run)
+    (aside,) = (tmp_path / "set_aside").iterdir()
+    assert sorted(path.name for path in aside.iterdir()) == ["000003", "000004", "metrics.jsonl"]
+    assert read_metrics(aside / "metrics.jsonl")[-1]["progress/iteration"] == 4
+    assert figures(tmp_path) == before  # the same iterations, played again
+
+
+def test_a_damaged_last_checkpoint_is_left_for_an_earlier_one(tmp_path):
+    iterate(make_run(tmp_path, save_interval=4).start())
+    arrays = tmp_path / "checkpoints/last/training_state/arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="take an earlier checkpoint"):
+        make_run(tmp_path).resume()
+    run = make_run(tmp_path).resume(tmp_path / "checkpoints/000003")
+    assert run.iteration == 3
+    iterate(run)
+    assert checkpoint_step(resolve_checkpoint(tmp_path)) == 4
+
+
+def test_a_second_process_is_refused_by_name_and_a_dead_ones_lock_is_none(tmp_path):
+    run = make_run(tmp_path).start()
+    with pytest.raises(ConfigError, match=rf"in use by .*{os.getpid()}"):
+        make_run(tmp_path).resume()
+    with run:
+        pass
+    (tmp_path / "run.lock").write_text('{"host": "gone", "pid": 1}')  # its process was killed
+    with make_run(tmp_path).resume() as resumed:
+        assert resumed.iteration == 0
+
+
+def with_episodes(directory: Path, episodes: int) -> Run:
+    run = make_run(directory, episodes=episodes)
+    run.config["num_episodes"], run.changeable = episodes, ("num_episodes",)
+    return run
+
+
+def test_what_a_resume_changes_is_written_down_and_said(tmp_path, capsys):
+    iterate(with_episodes(tmp_path, 8).start())
+    with with_episodes(tmp_path, 12).resume():
+        assert "num_episodes 8 -> 12" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["num_episodes"] == 12
+    iterate(with_episodes(tmp_path, 12).resume())
+    capsys.readouterr()
+    iterate(with_episodes(tmp_path, 12).resume())
+    assert "all 12 episodes are done" in capsys.readouterr().out
+
+
+def test_a_resume_with_other_settings_is_refused(tmp_path):
+    iterate(make_run(tmp_path).start())
+    run = make_run(tmp_path)
+    run.config["gamma"] = 0.5
+    with pytest.raises(ConfigError, match=r"gamma \(0.99 -> 0.5\)"):
+        run.resume()
+
+
+def test_a_long_log_interval_loses_nothing(tmp_path):
+    run = make_run(tmp_path, episodes=24, log_interval=12).start()
+    result = EvalResult(tuple(EpisodeRow(i, i < 3, 0.0, 8, 0.0) for i in range(4)), 1.0)
+    returns = []
+    with run:
+        for iteration in run.iterations():
+            act_and_learn(run)
+            returns.append(run.metrics["rollout/return_mean"])
+            if iteration == 2:
+                run.metrics |= result.metrics()
+            run.log()
+        run.finish()
+    rows = figures(tmp_path)
+    assert [row["progress/iteration"] for row in rows] == [2, 5, 6]  # an evaluation is always written
+    assert rows[0]["eval/success_rate"] == 0.75
+    assert rows[1]["rollout/return_mean"] == pytest.approx(sum(returns[2:5]) / 3)
+
+
+def test_a_hangup_saves_like_any_signal(tmp_path):
+    run = make_run(tmp_path).start()
+    with run:
+        for _ in run.iterations():
+            os.kill(os.getpid(), signal.SIGHUP)
+        run.finish()
+    assert run.stop_requested
+
+
+def test_a_signal_ends_an_evaluation(tmp_path):
+    with make_run(tmp_path).start() as run:
+        act = run.unless_stopped(lambda *_: "actions")
+        assert act({}, [], 0) == "actions"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(EvaluationStopped):
+            act({}, [], 1)
 
 
 def test_best_is_what_load_best_brings_back(tmp_path):
