@@ -104,6 +104,8 @@ class TrainingConfig:
     # --- How much --------------------------------------------------------------------------------------------------
     num_episodes: Annotated[int, POSITIVE, tyro.conf.arg(aliases=["--episodes"])] = 20_000
     """Training episodes in all."""
+    max_minutes: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The run saves and stops when an iteration ends after that long, and --resume goes on; 0 is no limit."""
     num_parallel_envs: Annotated[int, ENVIRONMENTS, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
     episodes_per_iteration: Annotated[int, POSITIVE] = 40
@@ -266,8 +268,9 @@ class TrainingConfig:
     """Episodes between log lines (rounded up to whole iterations)."""
     wandb_enabled: Annotated[bool, tyro.conf.arg(aliases=["--wandb"])] = True
     """Log to Weights & Biases."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """offline writes to the run directory; `wandb sync` sends it later."""
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    """offline writes to the run directory, `wandb sync` sends it later; auto is what WANDB_MODE says, else online where
+    a key is known and the server answers, else offline."""
     wandb_project: str = "reinflow-smolvla"
     """Project on Weights & Biases."""
     prefix_cache: Literal["auto", "kv", "embeddings", "none"] = "auto"
@@ -388,7 +391,6 @@ PRESETS: dict[str, TrainingConfig] = {
         eval_interval=8,
         eval_episodes=200,
         save_interval=1_536,
-        wandb_mode="offline",
     ),
 }
 # The task of "tiny" with a random Pi0: every stage of Pi0 in minutes on a 2-core CPU.

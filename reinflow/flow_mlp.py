@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from reinflow.env import Observation
 from reinflow.heads import NoiseHead, ReinFlowCritic
 from reinflow.policy import Context, FlowPolicy, PolicyError
-from reinflow.training_state import strict_load
+from reinflow.training_state import refuse_not_finite, strict_load
 
 
 def sinusoidal_embedding(time: Tensor, dim: int) -> Tensor:
@@ -132,7 +132,7 @@ class FlowMLP(FlowPolicy):
         return {"state": (states - self.state_mean) / self.state_std}
 
     def postprocess(self, actions: Tensor) -> np.ndarray:
-        return (actions * self.action_std + self.action_mean).double().cpu().numpy()
+        return (actions * self.action_std + self.action_mean).cpu().double().numpy()
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return [p for m in (self.trunk, self.head, self.noise_mlp) for p in m.parameters() if p.requires_grad]
@@ -167,7 +167,9 @@ class FlowMLP(FlowPolicy):
         if config.pop("type", "") != "flow_mlp":
             raise PolicyError(f"{directory} holds no flow_mlp policy (config.json of that type)")
         policy = cls(**(config | settings))
-        strict_load(policy._deployable_state(), load_file(directory / "model.safetensors"), str(directory))
+        weights = load_file(directory / "model.safetensors")
+        refuse_not_finite(weights.items(), str(directory / "model.safetensors"))
+        strict_load(policy._deployable_state(), weights, str(directory))
         return policy.to(device).eval()
 
     def flow_matching_loss(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reinflow import UserError
 from reinflow.env import Observation
 from reinflow.heads import NoiseHead, ReinFlowCritic
-from reinflow.training_state import strict_load
+from reinflow.training_state import refuse_not_finite, strict_load
 
 Context = dict[str, Tensor]
 """Encoded observations: every tensor's first dim is the batch. It must hold all that ``velocity`` and ``value`` need,
@@ -112,6 +112,7 @@ class FlowPolicy(nn.Module, ABC):
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of ``trainable_state``; CheckpointError lists every missing, unexpected or misshapen tensor."""
+        refuse_not_finite(state.items(), "the checkpoint")
         strict_load(self.trainable_state(), state, "the checkpoint")
 
     @abstractmethod

@@ -178,7 +178,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_epsilon
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> Tensor:
     """1 - Var[target - prediction] / Var[target]: 1 perfect, 0 no better than a constant, NaN for equal targets."""
-    predictions, targets = predictions.detach().double().flatten(), targets.detach().double().flatten()
+    predictions, targets = (x.detach().cpu().double().flatten() for x in (predictions, targets))  # MPS has no float64
     variance = targets.var(correction=0)
     if float(variance) == 0.0:
         return torch.full_like(variance, torch.nan)
@@ -212,7 +212,7 @@ class ReturnNormalizer:
         Raises:
             ValueError: a return is not finite; it would stay in the statistics for ever.
         """
-        batch = returns.detach().double().flatten()
+        batch = returns.detach().cpu().double().flatten()
         if batch.numel() == 0:
             return
         if not bool(torch.isfinite(batch).all()):

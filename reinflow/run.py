@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from reinflow import ConfigError, checkpoint
 from reinflow.doctor import FINDINGS_FILE, RULES, Doctor, Rule
@@ -34,7 +33,7 @@ from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
 from reinflow.settings import CONFIG_FILE, check_same_settings, refuse_existing_run
 from reinflow.tracking import Tracker, WandbMode, open_tracker
-from reinflow.training_state import CheckpointError, rng_state, set_rng_state
+from reinflow.training_state import CheckpointError, refuse_not_finite, rng_state, set_rng_state
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class RunSettings:
     """How long a run goes on and what it leaves behind; intervals count episodes, rounded up to whole iterations."""
 
     num_episodes: int = 20_000
+    max_minutes: float = 0.0  # of this process; 0 is no limit
     save_interval: int = 10
     keep_checkpoints: int = 3
     log_interval: int = 1
@@ -262,12 +262,16 @@ class Run:
     # --- While the loop runs ----------------------------------------------------------------------------------------
 
     def iterations(self) -> Iterator[int]:
-        """Iteration numbers, from 1, until the episodes are used up or a signal came."""
+        """Iteration numbers, from 1, until the episodes or the minutes are used up or a signal came."""
+        started, minutes = time.monotonic(), self.settings.max_minutes
         while self.episodes < self.settings.num_episodes and not self.stop_requested:
             self._iteration_start = time.perf_counter()
             self.iteration += 1
             self.metrics = {}
             yield self.iteration
+            if minutes and time.monotonic() - started > 60 * minutes and not self.stop_requested:
+                self.stop_requested = True
+                self.tracker.message(f"max_minutes={minutes:g} are over")
 
     @property
     def progress(self) -> float:
@@ -321,12 +325,10 @@ class Run:
             "env": self.env.get_state(),
         }
         tensors = {"policy": self.policy.trainable_state()}
-        bad = [name for name, tensor in tensors["policy"].items() if not bool(torch.isfinite(tensor).all())]
-        if bad:
-            raise CheckpointError(
-                f"nothing was saved: {', '.join(bad[:4])} hold NaN or infinity after iteration {self.iteration}. "
-                f"Go on from the last checkpoint with smaller steps: {self.resume_command}"
-            )
+        try:
+            refuse_not_finite(tensors["policy"].items(), f"the policy after iteration {self.iteration}")
+        except CheckpointError as error:
+            raise CheckpointError(f"nothing was saved: {error}, with smaller steps: {self.resume_command}") from error
         checkpoint.save_checkpoint(self.run_dir, self.iteration, self._write_policy, tensors, state)
         checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)
         self._saved_at = self.episodes
@@ -339,13 +341,17 @@ class Run:
     # --- At the end -------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Log and save where the loop ended; after a signal say how to go on."""
+        """Log and save where the loop ended; say where the policy is, and how to go on."""
         if self._unlogged:
             self._log_interval()
         if self._saved_at < self.episodes:
             self.save()
         if self.stop_requested:
             self.tracker.message(f"stopped at {self.episodes} episodes; go on with: {self.resume_command}")
+        else:
+            best = self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST
+            kept = best if best.exists() else best.with_name(checkpoint.LAST)
+            self.tracker.message(f"finished {self.episodes} episodes; the policy is in {kept / checkpoint.PRETRAINED}")
 
     def load_best(self) -> None:
         """Give the policy the weights of the best checkpoint, if there is one."""

@@ -6,8 +6,9 @@ Every sink has the methods of ``Sink``, which do nothing: what is off is a plain
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,8 @@ from reinflow.env import Extra
 from reinflow.metrics import METRICS_FILE, TrackingError, check_names, finite_or_none, known_metrics, truncate_metrics
 
 Metrics = Mapping[str, SupportsFloat]
-WandbMode = Literal["online", "offline", "off"]
+WandbMode = Literal["auto", "online", "offline", "off"]
+WANDB_START_S, WANDB_REACH_S = 60, 10  # limits on its start and its end, and on finding its server
 
 
 class Sink:
@@ -75,6 +77,8 @@ class PlainConsole(Sink):
         ):
             if name in metrics:
                 parts.append(template.format(metrics[name]))
+        if "loss/value" in metrics and "loss/policy" not in metrics:
+            parts.append("critic warm-up")
         if "progress/episodes" in metrics:
             parts.append(f"ETA {self._eta(metrics['progress/episodes'])}")
         if {"eval/success_rate", "eval/ci_low", "eval/ci_high"} <= metrics.keys():
@@ -144,7 +148,10 @@ class JsonlSink(Sink):
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run, over ``progress/iteration`` so that a resumed run draws over what it repeats."""
+    """A Weights & Biases run, over ``progress/iteration`` so that a resumed run draws over what it repeats.
+
+    What goes wrong after its start is said once and never ends a training: metrics.jsonl has everything.
+    """
 
     def __init__(
         self,
@@ -153,9 +160,11 @@ class WandbSink(Sink):
         project: str,
         config: Mapping[str, Any],
         run_id: str | None,
+        say: Callable[[str], None],
     ) -> None:
         import wandb  # here: its import takes a second and no other sink needs it
 
+        self.say, self.works = say, True
         try:
             self.run = wandb.init(
                 project=project,
@@ -166,7 +175,14 @@ class WandbSink(Sink):
                 id=run_id,
                 # "must" would refuse to go on with a run that was offline so far; offline, the id alone is enough.
                 resume="allow" if run_id and mode == "online" else None,
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    init_timeout=WANDB_START_S,
+                    login_timeout=WANDB_REACH_S,
+                    finish_timeout=WANDB_START_S,
+                    finish_timeout_raises=False,
+                ),
             )
         except wandb.Error as error:
             raise TrackingError(
@@ -176,14 +192,63 @@ class WandbSink(Sink):
         self.run.define_metric("progress/iteration")
         self.run.define_metric("*", step_metric="progress/iteration")
 
+    def _try(self, send: Callable[[], object]) -> None:
+        if self.works:
+            try:
+                send()
+            except Exception as error:  # of any kind: it is a copy of what metrics.jsonl holds
+                self.works = False
+                self.say(f"Weights & Biases stopped ({error}): the training goes on, metrics.jsonl has everything")
+
     def log(self, metrics: Mapping[str, float]) -> None:
-        self.run.log(dict(metrics))
+        self._try(lambda: self.run.log(dict(metrics)))
 
     def alert(self, title: str, text: str, error: bool) -> None:
-        self.run.alert(title=title, text=text, level="ERROR" if error else "WARN")
+        self._try(lambda: self.run.alert(title=title, text=text, level="ERROR" if error else "WARN"))
 
     def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+        self._try(lambda: self.run.finish(exit_code=int(failed)))
+
+
+def resolve_wandb_mode(mode: WandbMode) -> tuple[Literal["online", "offline", "off"], str]:
+    """What "auto" comes to here, and a line that says why; never a prompt, and an answer within seconds.
+
+    WANDB_MODE decides if it is set. Otherwise "online" needs a key (WANDB_API_KEY or `wandb login`) and a server that
+    answers; without them it is "offline".
+
+    Raises:
+        TrackingError: "online" was asked for and cannot be.
+    """
+    if mode == "auto" and (named := os.environ.get("WANDB_MODE")):
+        meanings = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+        if named not in meanings:
+            raise TrackingError(f"WANDB_MODE={named} is not known: set one of {', '.join(meanings)}")
+        mode = meanings[named]  # type: ignore[assignment]
+    if mode in ("offline", "off"):
+        return mode, ""
+    why = _why_not_online()
+    if not why:
+        return "online", ""
+    if mode == "online":
+        raise TrackingError(f"Weights & Biases: {why}. Go on without it by --wandb-mode offline or --no-wandb")
+    return "offline", f"Weights & Biases: {why}, so the run is kept on disk; `wandb sync` sends it later"
+
+
+def _why_not_online() -> str:
+    import requests
+    import wandb
+
+    settings = wandb.Settings()
+    settings.update_from_system_settings()  # what `wandb login --host` stored
+    settings.update_from_env_vars(dict(os.environ))
+    server = str(settings.base_url)
+    if not os.environ.get("WANDB_API_KEY") and requests.utils.get_netrc_auth(server) is None:
+        return "no key is known (`wandb login` stores one)"
+    try:
+        requests.head(server, timeout=WANDB_REACH_S)
+    except requests.RequestException as error:
+        return f"{server} does not answer ({type(error).__name__})"
+    return ""
 
 
 class Tracker:
@@ -261,7 +326,7 @@ def open_tracker(
         config: JSON-able settings, shown by Weights & Biases.
         num_episodes: training episodes in all.
         episodes_done: of these, done before this session.
-        wandb_mode: "online", "offline" (kept in run_dir, for `wandb sync`) or "off" (wandb is not imported).
+        wandb_mode: "online", "offline" (kept in run_dir, for `wandb sync`), "off" (wandb is not imported) or "auto".
         wandb_project: its project.
         wandb_run_id: run to go on with; None starts one. Save ``Tracker.wandb_run_id`` in checkpoints.
         resumed_iteration: iterations completed at the checkpoint that the run resumes from; later lines of
@@ -275,8 +340,11 @@ def open_tracker(
     run_dir, console = Path(run_dir), console or Console()
     run_dir.mkdir(parents=True, exist_ok=True)
     wandb_sink = Sink()
-    if wandb_mode != "off":
-        wandb_sink = run = WandbSink(run_dir, wandb_mode, wandb_project, config, wandb_run_id)
+    mode, why = resolve_wandb_mode(wandb_mode)
+    if why:
+        console.print(why, highlight=False, markup=False, soft_wrap=True)
+    if mode != "off":
+        wandb_sink = run = WandbSink(run_dir, mode, wandb_project, config, wandb_run_id, console.print)
         wandb_run_id = str(run.run.id)
     jsonl = JsonlSink(run_dir, resumed_iteration)
     # The live bar last: it must not be drawn when another sink fails to start.

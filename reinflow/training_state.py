@@ -218,3 +218,10 @@ def strict_load(target: dict[str, Tensor], source: dict[str, Tensor], what: str,
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
+
+
+def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Raise a CheckpointError that names the tensors of ``what`` with a NaN or an infinity in them."""
+    bad = {name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())}
+    if bad:
+        raise CheckpointError(f"{what} is damaged: NaN or infinity in {_shorten(bad)}. Take another copy or checkpoint")

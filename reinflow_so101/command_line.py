@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CHANGEABLE_ON_RESUME = {
-    "num_episodes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints", "log_interval",
-    "wandb_enabled", "wandb_mode", "render", "headless", "num_threads", "report_episodes", "device",
+    "num_episodes", "max_minutes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints",
+    "log_interval", "wandb_enabled", "wandb_mode", "render", "headless", "num_threads", "report_episodes", "device",
     "prefix_cache", "prefix_cache_gb", "compile_expert",
 }  # fmt: skip
 

@@ -292,7 +292,7 @@ class ReinFlowVLA(FlowPolicy):
 
     def postprocess(self, actions: Tensor) -> np.ndarray:
         """(B, n, A) normalised -> environment units, float64."""
-        return self.postprocessor(actions).double().cpu().numpy()
+        return self.postprocessor(actions).cpu().double().numpy()
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of velocity and noise."""

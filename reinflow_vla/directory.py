@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fas
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.pretrained import PreTrainedPolicy
     from lerobot.processor import PolicyProcessorPipeline
+    from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -209,6 +211,32 @@ def _require_statistics(directory: Path, pipeline: PolicyProcessorPipeline) -> N
                         f"the processors of {directory} hold no {', '.join(missing)}: LeRobot would leave joints and "
                         "actions as they are. Fine-tune the policy on SO-101 data first (lerobot-train writes them)"
                     )
+                if mode and mode.name in STATISTICS:
+                    _require_spread(directory, key, mode.name, known)
+
+
+def _require_spread(directory: Path, key: str, mode: str, known: Mapping[str, Tensor]) -> None:
+    """Raise PolicyDirectoryError for statistics that are not finite or have no spread: joints would become nonsense."""
+    import torch
+
+    low, high = (known[f"{key}.{name}"] for name in STATISTICS[mode])
+    spread = high if mode == "MEAN_STD" else high - low
+    if not bool((torch.isfinite(low) & torch.isfinite(high) & (spread > 0)).all()):
+        raise PolicyDirectoryError(
+            f"the processors of {directory} hold unusable {key}.{STATISTICS[mode][-1]} ({spread.tolist()}): every "
+            "joint needs a finite spread above 0. Use data in which each joint moves, or restore the file"
+        )
+
+
+def require_finite_weights(directory: Path) -> None:
+    """Raise CheckpointError if a tensor of model.safetensors is not finite, one tensor in memory at a time."""
+    from safetensors import safe_open
+
+    from reinflow.training_state import refuse_not_finite
+
+    file = directory / WEIGHTS_FILE
+    with safe_open(file, framework="pt") as weights:
+        refuse_not_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(file))  # noqa: SIM118
 
 
 def save_policy(

@@ -25,6 +25,7 @@ from reinflow_vla.directory import (
     locate_policy,
     quiet,
     read_json,
+    require_finite_weights,
     resolve_folder,
     save_policy,
     store_tokenizer,
@@ -211,6 +212,7 @@ def load_pi0(
         check_data_only(Path(tokenizer))
     name = tokenizer or resolve_folder(directory, stored_tokenizer(directory))
     processors = load_processors(directory, config, name, tokenizer_remedy(name))  # before 3.5 billion weights
+    require_finite_weights(directory)
     policy = build_model(config, sizes)
     _load_weights(policy, directory / WEIGHTS_FILE)
     return policy, *processors

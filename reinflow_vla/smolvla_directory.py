@@ -18,6 +18,7 @@ from reinflow_vla.directory import (
     locate_policy,
     quiet,
     read_json,
+    require_finite_weights,
     resolve_folder,
     save_policy,
     store_tokenizer,
@@ -62,6 +63,7 @@ def load_smolvla(
     config.vlm_model_name = resolve_folder(directory, config.vlm_model_name)
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
+    require_finite_weights(directory)
     try:
         with quiet(), no_remote_code():
             policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)

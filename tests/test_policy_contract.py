@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
+from reinflow.training_state import CheckpointError
 from reinflow_vla.base import TrainableGroups
 from reinflow_vla.directory import PolicyDirectoryError
 from tests.policies import FAMILIES, VLAS, explore, load, noise_for, observe, only
@@ -226,6 +228,36 @@ def test_policy_without_statistics_is_refused(vla, tmp_path, lost):
         save_file({name: value for name, value in load_file(file).items() if not name.startswith(lost)}, file)
     with pytest.raises(PolicyDirectoryError, match=rf"hold no {lost}.*lerobot-train"):
         load(vla.family, tmp_path / "policy")
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+@pytest.mark.parametrize("key", ["observation.state", "action"])
+def test_statistics_without_spread_are_refused(vla, tmp_path, key, value):
+    """All of a joint's statistics the same, or none a number."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(vla.directory, tmp_path / "policy")
+    for file in (tmp_path / "policy").glob("policy_*normalizer*.safetensors"):
+        statistics = load_file(file)
+        for name in statistics:
+            if name.startswith(f"{key}."):
+                statistics[name][2] = value
+        save_file(statistics, file)
+    with pytest.raises(PolicyDirectoryError, match=rf"unusable {key}\."):
+        load(vla.family, tmp_path / "policy")
+
+
+def test_damaged_weights_are_refused_by_name(subject, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(subject.directory, tmp_path / "policy")
+    file = tmp_path / "policy/model.safetensors"
+    weights = load_file(file)
+    damaged = max(weights)
+    weights[damaged].view(-1)[0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model.safetensors is damaged: NaN.* in {re.escape(damaged)}"):
+        load(subject.family, tmp_path / "policy")
 
 
 def test_flags_are_those_of_the_config():

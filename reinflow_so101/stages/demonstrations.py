@@ -6,7 +6,7 @@ the disturbance has led to. So recovery is in the data, as it must be for a poli
 
 Every episode is 150 control steps: after the lift the block is held up, so that the last chunk's actions are complete.
 
-    reinflow-demos --root runs/demos --episodes 300
+    reinflow-demos --output-dir runs/demos --episodes 300
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DemoError(UserError, RuntimeError):
 class DemoConfig:
     """Record scripted-expert episodes as a LeRobotDataset v3."""
 
-    root: Path
+    output_dir: Path
     """Folder of the dataset; refused if it exists."""
     episodes: int = 300
     """Successful episodes to keep; failed ones are not stored."""
@@ -159,15 +159,15 @@ def record(config: DemoConfig) -> tuple[int, int]:
 
     from so101_sim.expert import ScriptedExpert
 
-    if config.root.exists():
-        raise DemoError(f"{config.root} exists: choose another --root or remove it first")
+    if config.output_dir.exists():
+        raise DemoError(f"{config.output_dir} exists: choose another --output-dir or remove it first")
     env = make_env(config)
     expert = ScriptedExpert(env.model)
     dataset = LeRobotDataset.create(
         repo_id=config.repo_id,
         fps=env.metadata["render_fps"],
         features=dataset_features(config),
-        root=config.root,
+        root=config.output_dir,
         robot_type="so101_follower",
         use_videos=config.video,
         image_writer_threads=0 if config.video else 2,
@@ -193,7 +193,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
     finally:
         dataset.finalize()
         env.close()
-    print(f"wrote {config.root}: {kept} episodes of {tried} tried, {150 * kept} frames")
+    print(f"wrote {config.output_dir}: {kept} episodes of {tried} tried, {150 * kept} frames")
     return kept, tried
 
 

@@ -123,7 +123,7 @@ def collect(config: FlowMlpSftConfig) -> StateDemonstrations:
     from reinflow_so101.stages.demonstrations import make_env, record_episode
     from so101_sim.expert import ScriptedExpert
 
-    demos = DemoConfig(root=Path())
+    demos = DemoConfig(output_dir=Path())
     env = make_env(demos, render_images=False, environment_state=True)
     expert = ScriptedExpert(env.model)
     states: list[NDArray[np.float32]] = []
@@ -193,7 +193,7 @@ def train(config: FlowMlpSftConfig, data: StateDemonstrations) -> tuple[FlowMLP,
 
 def task_environment() -> EnvConfig:
     """The task of ``train_reinflow.py --preset flow_mlp``: random block, no perturbation of the start, no images."""
-    demos = DemoConfig(root=Path())
+    demos = DemoConfig(output_dir=Path())
     return EnvConfig(
         cameras=demos.cameras,
         image_size=demos.image_size,

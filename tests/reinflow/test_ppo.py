@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinflow import ppo
+from tests.fakes import make_policy
 
 
 def column(*values: float) -> torch.Tensor:
@@ -256,3 +257,26 @@ def test_return_normalizer_state_and_bad_input():
         normalizer.update(torch.tensor([1.0, math.inf]))
     with pytest.raises(ValueError, match="sum_squares"):
         copy.load_state_dict({"mean": 0.0})
+
+
+class OnAppleGpu(torch.Tensor):
+    """A tensor of a device without float64, as MPS is: it must come to the host first."""
+
+    def double(self):
+        raise TypeError("this device has no float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_float64_is_of_the_host_alone():
+    returns = torch.tensor([1.0, 2.0, 4.0]).as_subclass(OnAppleGpu)
+    with pytest.raises(TypeError, match="float64"):
+        returns.detach().double()
+    assert float(ppo.explained_variance(returns, returns)) == 1.0
+    normalizer = ppo.ReturnNormalizer()
+    normalizer.update(returns)
+    assert normalizer.count == 3
+    policy = make_policy()
+    actions = torch.zeros(1, policy.chunk_size, policy.action_dim).as_subclass(OnAppleGpu)
+    assert policy.postprocess(actions).dtype == float

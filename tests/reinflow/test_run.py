@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from reinflow import ConfigError
 from reinflow.checkpoint import checkpoint_step, resolve_checkpoint
@@ -237,3 +238,25 @@ def test_a_batch_larger_than_the_rollout_is_refused(tmp_path):
     run.learner.settings = LearnerSettings(minibatch_size=16, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="exceeds the 8 decisions of a rollout"):
         iterate(run)
+
+
+def test_a_run_stops_when_its_minutes_are_over(tmp_path, capsys):
+    iterate(make_run(tmp_path, max_minutes=1e-9).start())
+    out = capsys.readouterr().out
+    assert "max_minutes=1e-09 are over" in out and "stopped at 4 episodes; go on with: go on" in out
+    iterate(make_run(tmp_path).resume())
+    assert "finished 16 episodes" in capsys.readouterr().out
+
+
+def test_damaged_weights_are_neither_saved_nor_resumed_from(tmp_path):
+    run = make_run(tmp_path).start()
+    with run, torch.no_grad():
+        run.policy.policy_parameters()[0].view(-1)[0] = torch.nan
+        with pytest.raises(CheckpointError, match=r"nothing was saved.*NaN or infinity.*go on"):
+            run.save()
+    file = tmp_path / "checkpoints/last/training_state/policy.safetensors"
+    weights = load_file(file)
+    weights[min(weights)].view(-1)[0] = torch.inf
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        make_run(tmp_path).resume()

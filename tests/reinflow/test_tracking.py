@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import math
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from rich.console import Console
 from reinflow import tracking
 from reinflow.env import Extra
 from reinflow.metrics import METRICS, TrackingError, metrics_markdown, read_metrics
-from reinflow.tracking import Tracker
+from reinflow.tracking import Tracker, resolve_wandb_mode
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,6 +178,7 @@ def test_wandb_run_is_started_and_resumed_by_its_id(tmp_path, monkeypatch):
     assert fake.logged == [{"loss/value": 2.0, "progress/iteration": 1.0}]
     assert fake.exit_code == 0
 
+    monkeypatch.setattr(tracking, "_why_not_online", lambda: "")
     with pytest.raises(KeyError), open_tracker(tmp_path, wandb_mode="online", wandb_run_id="new-id"):
         raise KeyError
     assert (fake.init_args["id"], fake.init_args["resume"], fake.exit_code) == ("new-id", "allow", 1)
@@ -194,8 +197,57 @@ def test_an_alert_reaches_the_console_and_wandb(tmp_path, monkeypatch):
 
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails=True))
+    monkeypatch.setattr(tracking, "_why_not_online", lambda: "")
     with pytest.raises(TrackingError, match=r"API key.*wandb login.*--no-wandb"):
         open_tracker(tmp_path, wandb_mode="online")
+
+
+@pytest.fixture
+def no_wandb_key(monkeypatch, tmp_path):
+    """No key in the environment nor in a netrc file; a server that is not there."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the port of discard
+    return monkeypatch
+
+
+def test_auto_is_offline_without_a_key_or_an_answer_and_what_wandb_mode_says(no_wandb_key):
+    mode, why = resolve_wandb_mode("auto")
+    assert mode == "offline" and "no key" in why and "wandb login" in why
+    with pytest.raises(TrackingError, match=r"no key.*--no-wandb"):
+        resolve_wandb_mode("online")
+    no_wandb_key.setenv("WANDB_API_KEY", "0" * 40)
+    mode, why = resolve_wandb_mode("auto")
+    assert mode == "offline" and "http://127.0.0.1:9 does not answer" in why
+    for named, meant in (("disabled", "off"), ("offline", "offline"), ("dryrun", "offline")):
+        no_wandb_key.setenv("WANDB_MODE", named)
+        assert resolve_wandb_mode("auto") == (meant, "")
+    no_wandb_key.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(TrackingError, match="WANDB_MODE=sometimes"):
+        resolve_wandb_mode("auto")
+
+
+def test_auto_is_online_with_a_key_and_a_server_that_answers(no_wandb_key):
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    no_wandb_key.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    no_wandb_key.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_wandb_mode("auto") == ("online", "")
+    thread.join(10)
+    server.server_close()
+
+
+def test_wandb_that_breaks_does_not_end_the_training(tmp_path, monkeypatch):
+    fake, out = FakeWandb(), console()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with open_tracker(tmp_path, wandb_mode="offline", console=out) as tracker:
+        tracker.sinks[0].run.log = lambda metrics: 1 / 0
+        tracker.log(1, {"loss/value": 2})
+        tracker.log(2, {"loss/value": 3})
+    assert out.file.getvalue().count("Weights & Biases stopped (division by zero)") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_wandb_is_not_imported_when_off(tmp_path):

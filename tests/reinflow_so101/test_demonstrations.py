@@ -14,7 +14,7 @@ from so101_sim.expert import ScriptedExpert
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> demonstrations.DemoConfig:
-    return demonstrations.DemoConfig(root=tmp_path_factory.mktemp("demos") / "dataset", episodes=2)
+    return demonstrations.DemoConfig(output_dir=tmp_path_factory.mktemp("demos") / "dataset", episodes=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_dataset_is_readable_by_lerobot(config: demonstrations.DemoConfig, count
 
     kept, tried = counts
     assert kept == 2 <= tried
-    dataset = LeRobotDataset(config.repo_id, root=config.root, video_backend="pyav")
+    dataset = LeRobotDataset(config.repo_id, root=config.output_dir, video_backend="pyav")
     assert (dataset.num_episodes, len(dataset), dataset.fps) == (2, 300, 50)
     assert dataset.features["action"]["names"][0] == "shoulder_pan.pos"
     frame = dataset[0]
@@ -43,7 +43,7 @@ def test_refuses_to_overwrite(config: demonstrations.DemoConfig, counts: tuple[i
 
 
 def test_actions_are_the_undisturbed_plan_and_recovery_is_seen(tmp_path: Path) -> None:
-    config = demonstrations.DemoConfig(root=tmp_path)
+    config = demonstrations.DemoConfig(output_dir=tmp_path)
     env = demonstrations.make_env(config)
     expert = ScriptedExpert(env.model)
     frames, lifted = demonstrations.record_episode(env, expert, 1_000_000, config.disturbance_deg)
@@ -69,12 +69,12 @@ def test_disturbance_is_smooth_bounded_and_spares_the_gripper() -> None:
 
 def test_bad_configurations() -> None:
     with pytest.raises(ValueError, match="episodes"):
-        demonstrations.DemoConfig(root=Path("x"), episodes=0)
+        demonstrations.DemoConfig(output_dir=Path("x"), episodes=0)
     with pytest.raises(ValueError, match="disturbance_deg"):
-        demonstrations.DemoConfig(root=Path("x"), disturbance_deg=(1.0,))
+        demonstrations.DemoConfig(output_dir=Path("x"), disturbance_deg=(1.0,))
 
 
 def test_gives_up_when_the_expert_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstrations, "record_episode", lambda *_: ([], False))
     with pytest.raises(demonstrations.DemoError, match="only 0 of 20"):
-        demonstrations.record(demonstrations.DemoConfig(root=tmp_path / "d", episodes=1))
+        demonstrations.record(demonstrations.DemoConfig(output_dir=tmp_path / "d", episodes=1))

@@ -23,7 +23,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("sft")
     small = {"vision_hidden_size": 32, "vision_layers": 1, "text_hidden_size": 48, "text_layers": 2}
     build_policy(TinyConfig(output_dir=base / "policy", **small))
-    demonstrations.record(demonstrations.DemoConfig(root=base / "demos", episodes=2))
+    demonstrations.record(demonstrations.DemoConfig(output_dir=base / "demos", episodes=2))
     return base / "policy", base / "demos"
 
 
