@@ -4,6 +4,7 @@ Nothing in this package knows a robot, a simulator or a vision-language model: i
 lerobot. Someone with another robot takes it whole and writes one environment and one policy file (examples/).
 """
 
+import errno
 import gc
 import os
 import sys
@@ -24,10 +25,21 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the field and the remedy."""
 
 
+# What a disk, not a mistake of ours, does to a command: full, over quota, read-only, forbidden, broken, vanished.
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
+}  # fmt: skip
+
+
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Run a front door; a UserError ends it with its message and exit code 1 instead of a traceback."""
+    """Run a front door; a UserError or a disk ends it with a message and exit code 1 instead of a traceback."""
     gc.set_threshold(100_000)  # imports make a million objects that stay: searching them again and again costs a second
     try:
         command()
     except UserError as error:
         sys.exit(f"{name}: {error}")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        place = error.filename or "the output directory"
+        sys.exit(f"{name}: {error.strerror}: {place}. Make room, or name a place that can be written; --resume goes on")

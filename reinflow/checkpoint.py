@@ -61,7 +61,7 @@ def save_checkpoint(
         The checkpoint's directory.
 
     Raises:
-        CheckpointError: something in ``state`` or ``tensors`` cannot be stored.
+        CheckpointError: something in ``state`` or ``tensors`` cannot be stored, or the disk is full.
     """
     root = Path(run_dir) / CHECKPOINTS
     root.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,10 @@ def save_checkpoint(
         _write_training_state(temporary / TRAINING, step, tensors, state)
         _sync_tree(temporary)
         _publish(temporary, final)
+    except SafetensorError as error:  # its own type for a full disk
+        raise CheckpointError(
+            f"{final} could not be written ({error}): make room; --resume goes on from before"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _link(root, LAST, final.name)

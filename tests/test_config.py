@@ -1,6 +1,7 @@
 """TrainingConfig: the seed's names and defaults, flags, and refusal of what cannot work."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reinflow import ConfigError
+from reinflow import ConfigError, run_command
 from reinflow.settings import check_same_settings, config_from_json, config_to_json
 from reinflow_so101.command_line import CHANGEABLE_ON_RESUME
 from train_reinflow import PRESETS, TrainingConfig, parse_args, train
@@ -211,3 +212,16 @@ def test_bad_flag_fails_fast():
     )
     assert result.returncode != 0 and "gamma" in result.stderr
     assert time.perf_counter() - start < 10
+
+
+def test_what_a_disk_does_is_one_line_and_what_we_do_wrong_is_a_traceback():
+    def fill():
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit, match=r"^train: No space left on device: .*Make room"):
+        run_command("train", fill)
+    with pytest.raises(SystemExit, match="No such file or directory: /proc/nope"):
+        run_command("train", lambda: Path("/proc/nope/run").mkdir(parents=True))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run_command("train", lambda: os.close(-1))

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
 
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED
-from reinflow_so101.command_line import flag_value
+from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
 from reinflow_so101.policy_card import TASK_GROUP, stored_env
 from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
@@ -59,8 +59,8 @@ class EvalConfig:
     """With video: write it as video.gif too, for a README."""
     video_episodes: int = 4
     """Episodes in the video."""
-    device: str = "cpu"
-    """Where the policy runs."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the policy runs; auto takes cuda, then mps, then cpu."""
     pi0_tokenizer_path: str = ""
     """Folder with PaliGemma's tokenizer, for a Pi0 whose stored tokenizer cannot be had."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -69,7 +69,9 @@ class EvalConfig:
     @property
     def acting(self) -> ActingSettings:
         """How the policy acts."""
-        return ActingSettings(self.device, self.num_denoising_steps, self.n_action_steps, self.pi0_tokenizer_path)
+        return ActingSettings(
+            pick_device(self.device), self.num_denoising_steps, self.n_action_steps, self.pi0_tokenizer_path
+        )
 
 
 def check_config(config: EvalConfig) -> None:
@@ -123,7 +125,7 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
     from reinflow_vla.base import lerobot_batch
 
     check_trusted(policy_dir)
-    settings = PreTrainedConfig.from_pretrained(policy_dir, cli_overrides=[f"--device={config.device}"])
+    settings = PreTrainedConfig.from_pretrained(policy_dir, cli_overrides=[f"--device={config.acting.device}"])
     with no_remote_code():
         policy = get_policy_class(settings.type).from_pretrained(policy_dir, config=settings, strict=True).eval()
         before, after = make_pre_post_processors(settings, pretrained_path=str(policy_dir))
