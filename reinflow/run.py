@@ -238,6 +238,8 @@ class Run:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if kind is not None:
+            self.tracker.message(f"ended in iteration {self.iteration}; go on with: {self.resume_command}")
         self.env.close()
         self.tracker.close(failed=kind is not None)
         self.lock.release()

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from reinflow import UserError
 from reinflow.env import ChunkResult, Observation
 from so101_sim.config import EnvConfig
 from so101_sim.vector.base import ObservationBuffer, SO101VectorEnv
@@ -32,6 +34,13 @@ from so101_sim.vector.sequential import SequentialVectorEnv
 
 Pixels = dict[str, NDArray[np.uint8]]
 CLOSE_TIMEOUT_S = 5.0
+POLL_S, ANSWER_TIMEOUT_S = 10.0, 600.0  # how often a silent worker is looked at, and when it is given up
+
+
+class WorkerError(UserError, RuntimeError):
+    """A worker process was killed or stopped from outside; the message names it and its environments."""
+
+
 _WORKER = """import sys
 sys.path.insert(0, sys.argv[1])
 from so101_sim.vector.subproc import worker_main
@@ -46,6 +55,7 @@ class SubprocVectorEnv(SO101VectorEnv):
 
     Raises:
         RuntimeError: a worker failed, now or in a later call; its traceback is in the message.
+        WorkerError: a worker was killed or stopped, or gave no answer for ANSWER_TIMEOUT_S.
     """
 
     def __init__(self, config: EnvConfig, num_envs: int, num_workers: int | None = None) -> None:
@@ -112,17 +122,18 @@ class SubprocVectorEnv(SO101VectorEnv):
 
     def _collect(self) -> list[Any]:
         """One reply per worker; all are read before an error is raised, so that none answers a later call."""
-        replies, failures = [], []
+        replies, failures, lost = [], [], False
         for index, (pipe, worker) in enumerate(zip(self._pipes, self._workers, strict=True)):
             try:
-                kind, value = pipe.recv()
+                kind, value = pipe.recv() if _answers(pipe, worker) else ("lost", "it was stopped, or hangs")
             except (EOFError, OSError):
-                kind, value = "error", f"it died (exit code {worker.wait()}): out of memory, or killed?"
+                kind, value = "lost", f"it died (exit code {worker.wait()}): out of memory, or killed?"
             replies.append(value)
-            if kind == "error":
+            lost |= kind == "lost"
+            if kind in ("error", "lost"):
                 failures.append(f"environment worker {index} (environments {self._groups[index]}): {value}")
         if failures:
-            raise RuntimeError("\n".join(failures))
+            raise (WorkerError if lost else RuntimeError)("\n".join(failures))
         return replies
 
     def _observation(self, parts: list[Observation]) -> Observation:
@@ -173,6 +184,23 @@ class SubprocVectorEnv(SO101VectorEnv):
         self._pipes, self._workers, self._memory = [], [], -1
 
 
+def _answers(pipe: Connection, worker: subprocess.Popen[bytes]) -> bool:
+    """Wait for a worker's reply, or its end; False if it is stopped or silent for too long."""
+    give_up = time.monotonic() + ANSWER_TIMEOUT_S
+    while not pipe.poll(POLL_S):
+        if _is_stopped(worker.pid) or time.monotonic() > give_up:
+            return False
+    return True
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a container without ps: the time limit alone is left
+        return False
+    return shown.stdout.lower().startswith("t")
+
+
 def _concatenate(parts: list[Observation]) -> Observation:
     """Observations without images, stacked along the environments."""
     merged: Observation = {
@@ -215,7 +243,8 @@ def _map_pixels(memory: int, config: EnvConfig, num_envs: int) -> tuple[Pixels, 
 
 def worker_main(pipe_fd: str) -> None:
     """Serves one group of environments until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt in the terminal is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to a whole group: they are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(int(pipe_fd))
     try:
         env = _worker_env(*pipe.recv())

@@ -1,5 +1,6 @@
 """The three vector forms agree to the last bit, whatever happens inside a chunk."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from so101_gym_env import SO101PickEnv
 from so101_mujoco_utils import model_dir
 from so101_sim.config import EnvConfig
 from so101_sim.expert import ScriptedExpert
+from so101_sim.vector import subproc
 from so101_sim.vector.base import SO101VectorEnv
 from so101_sim.vector.make import make_vector_env
 
@@ -269,6 +271,25 @@ def test_a_dead_worker_is_reported() -> None:
         worker.wait()
         with pytest.raises(RuntimeError, match=r"environment worker 1 \(environments \[2\]\): it died"):
             env.step_chunk(np.zeros((NUM_ENVS, 5, 6)))
+
+
+def test_a_stopped_worker_is_named_and_does_not_outlive_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subproc, "POLL_S", 0.2)
+    env = make("subproc", BLIND)
+    try:
+        worker = env._workers[0]  # type: ignore[attr-defined]
+        worker.send_signal(signal.SIGTERM)  # a whole process group gets it: it is the trainer's to handle
+        worker.send_signal(signal.SIGHUP)
+        env.reset([1, 2, 3])
+        worker.send_signal(signal.SIGSTOP)
+        with pytest.raises(
+            subproc.WorkerError, match=r"environment worker 0 \(environments \[0, 1\]\): it was stopped"
+        ):
+            env.reset([1, 2, 3])
+    finally:
+        monkeypatch.setattr(subproc, "CLOSE_TIMEOUT_S", 0.2)
+        env.close()
+    assert worker.poll() == -signal.SIGKILL
 
 
 def test_an_error_in_a_worker_carries_its_cause() -> None:
