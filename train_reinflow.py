@@ -39,6 +39,7 @@ from reinflow.settings import (
 from reinflow_so101.checks import check_config
 from reinflow_so101.command_line import (
     CHANGEABLE_ON_RESUME,
+    ThisStart,
     fresh_directory,
     named_checkpoint,
     parse_flags,
@@ -576,7 +577,7 @@ def make_policy(config: TrainingConfig, device: str = "cpu") -> FlowPolicy:
 
 def parse_args(argv: Sequence[str]) -> TrainingConfig:
     """Flags over the chosen preset, or over the saved config.json with --resume."""
-    return parse_flags(argv, starting_point(argv, PRESETS), __doc__, None)[0]
+    return parse_flags(argv, starting_point(argv, PRESETS), __doc__, ThisStart())[0]
 
 
 def main() -> None:

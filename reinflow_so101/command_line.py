@@ -27,6 +27,21 @@ CHANGEABLE_ON_RESUME = {
 }  # fmt: skip
 
 
+SMOKE = {  # the sizes of --smoke: every stage of a training once, of any preset
+    "num_episodes": 4, "episodes_per_iteration": 2, "num_parallel_envs": 2, "minibatch_size": 2,
+    "gradient_accumulation_steps": 1, "critic_warmup_iters": 1, "eval_interval": 2, "eval_episodes": 2,
+    "report_episodes": 2,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ThisStart:
+    """What a start is for; not a setting of the run."""
+
+    smoke: bool = False
+    """Two iterations of two episodes, evaluated, saved and exported, whatever the preset: does it work here?"""
+
+
 def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
     """Run directory that --resume continues.
 
@@ -66,8 +81,10 @@ def saved_config[C: DataclassInstance](run_dir: Path, config_type: type[C]) -> C
 
 
 def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[str, C]) -> C:
-    """The config whose fields the flags override: a preset's, or with --resume the run's own."""
+    """The config whose fields the flags override: a preset's (in small with --smoke), or the run's own (--resume)."""
     if "--resume" in argv:
+        if "--smoke" in argv:
+            raise ConfigError("--smoke starts a small run of its own: leave out --resume")
         run = resume_directory(
             flag_value(argv, "--checkpoint-path", "--checkpoint_path"),
             flag_value(argv, "--output-dir", "--output_dir"),
@@ -77,7 +94,7 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
     preset = flag_value(argv, "--preset") or "smolvla"
     if preset not in presets:
         raise ConfigError(f"preset={preset} is unknown: choose one of {sorted(presets)}")
-    return presets[preset]
+    return dataclasses.replace(presets[preset], **(SMOKE if "--smoke" in argv else {}))
 
 
 def this_command(script: str) -> str:

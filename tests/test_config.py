@@ -12,7 +12,7 @@ import pytest
 
 from reinflow import ConfigError, run_command
 from reinflow.settings import check_same_settings, config_from_json, config_to_json
-from reinflow_so101.command_line import CHANGEABLE_ON_RESUME
+from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, SMOKE
 from train_reinflow import PRESETS, TrainingConfig, parse_args, train
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +191,16 @@ def test_a_pickled_checkpoint_that_lies_about_stops_nobody(tmp_path, monkeypatch
     (tmp_path / TrainingConfig.checkpoint_path).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     assert parse_args(["--preset", "tiny"]).preset == "tiny"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_smoke_changes_sizes_alone(preset):
+    small, whole = parse_args(["--preset", preset, "--smoke"]), PRESETS[preset]
+    changed = {f.name for f in fields(whole) if getattr(small, f.name) != getattr(whole, f.name)}
+    assert changed <= set(SMOKE) and "num_episodes" in changed
+    assert parse_args(["--preset", preset, "--smoke", "--episodes", "6"]).num_episodes == 6
+    with pytest.raises(ConfigError, match="leave out --resume"):
+        parse_args(["--smoke", "--resume"])
 
 
 def test_help_explains_every_field_quickly():

@@ -1,5 +1,7 @@
 """Rollout and update together on the fake: targets, guard, KL control, accumulation, and that it learns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -225,3 +227,24 @@ def test_chunk_return_by_hand():
     assert reward == pytest.approx([2.0]) and discount == pytest.approx([0.25])
     reward, discount = chunk_return(rewards, active, RolloutSettings(0.5, "chunk", False))
     assert reward == pytest.approx([3.0]) and discount == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "natural"])
+def test_a_gradient_that_is_not_finite_moves_nothing_and_leaves_no_trace(optimizer):
+    settings = replace(SETTINGS, policy_optimizer=optimizer, target_kl=0.03, num_ppo_epochs=1)
+    loop = Loop(settings=settings)
+    before = {name: tensor.clone() for name, tensor in loop.policy.trainable_state().items()}
+    hooks = [
+        parameters[0].register_hook(lambda gradient: gradient * torch.nan)
+        for parameters in (loop.policy.policy_parameters(), loop.policy.critic_parameters())
+    ]
+    metrics = loop.learner.update(loop.rollout()[0])
+    assert metrics["ppo/steps_refused"] == 1.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in loop.policy.trainable_state().items())
+    for hook in hooks:
+        hook.remove()
+    metrics = loop.learner.update(loop.rollout()[0])
+    after = loop.policy.trainable_state()
+    assert metrics["ppo/steps_refused"] == 0.0 and metrics["ppo/approx_kl"] > 0.0
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert sum(not torch.equal(before[name], tensor) for name, tensor in after.items()) > 4
