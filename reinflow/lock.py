@@ -26,13 +26,15 @@ class RunLock:
         self._file = (run_dir / LOCK_FILE).open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
             raise ConfigError(
                 f"output_dir={run_dir} is in use by {owner}: wait for it, stop it, or choose another directory"
             ) from error
+        except OSError as error:  # a network file system without locks must not keep everybody out
+            print(f"{run_dir} lies where files cannot be locked ({error}): let no second process use this run")
         self._file.truncate(0)
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")}
         self._file.write(json.dumps(mine) + "\n")

@@ -71,10 +71,10 @@ def set_aside(run_dir: Path, iteration: int) -> Path | None:
         The folder; None if there is nothing.
     """
     later = [path for path in checkpoint.list_checkpoints(run_dir) if int(path.name) > iteration]
-    files = [path for name in (METRICS_FILE, FINDINGS_FILE) if (path := run_dir / name).exists()]
-    ahead = [path for path in files if any((row["progress/iteration"] or 0) > iteration for row in read_metrics(path))]
     if not later:  # lines alone are of iterations that no checkpoint holds: they will be written again
         return None
+    files = [path for name in (METRICS_FILE, FINDINGS_FILE) if (path := run_dir / name).exists()]
+    ahead = [path for path in files if any((row["progress/iteration"] or 0) > iteration for row in read_metrics(path))]
     folder = run_dir / "set_aside" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
     for path in ahead:
@@ -97,8 +97,8 @@ class Run:
                 run.save_if_due()
             run.finish()
 
-    SIGINT and SIGTERM end the loop after the iteration at hand; the run is then saved as at any checkpoint. A second
-    signal interrupts at once.
+    SIGINT, SIGTERM and SIGHUP end the loop after the iteration at hand; the run is then saved as at any checkpoint. A
+    second signal interrupts at once.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsFloat
@@ -341,10 +342,11 @@ def open_tracker(
     run_dir.mkdir(parents=True, exist_ok=True)
     wandb_sink = Sink()
     mode, why = resolve_wandb_mode(wandb_mode)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if why:
-        console.print(why, highlight=False, markup=False, soft_wrap=True)
+        say(why)
     if mode != "off":
-        wandb_sink = run = WandbSink(run_dir, mode, wandb_project, config, wandb_run_id, console.print)
+        wandb_sink = run = WandbSink(run_dir, mode, wandb_project, config, wandb_run_id, say)
         wandb_run_id = str(run.run.id)
     jsonl = JsonlSink(run_dir, resumed_iteration)
     # The live bar last: it must not be drawn when another sink fails to start.

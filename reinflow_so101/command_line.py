@@ -46,7 +46,7 @@ def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
     """Run directory that --resume continues.
 
     Raises:
-        ConfigError: neither checkpoint_path nor output_dir is one.
+        ConfigError: neither checkpoint_path nor output_dir is one, one of them is not there, or they are of two runs.
     """
     if checkpoint_path and Path(checkpoint_path).is_file():
         raise ConfigError(
@@ -55,8 +55,12 @@ def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
         )
     for field, value in (("checkpoint_path", checkpoint_path), ("output_dir", output_dir)):
         path = Path(value)
+        if value and not path.exists():
+            raise ConfigError(f"{field}={value} is not there: name a run, or a directory under its checkpoints/")
         for candidate in (path, *path.parents[:3]) if value else ():
             if (candidate / CONFIG_FILE).exists() and (candidate / "checkpoints").exists():
+                if output_dir and not candidate.samefile(output_dir):
+                    raise ConfigError(f"{field}={value} is of the run {candidate}, not of output_dir={output_dir}")
                 return candidate
         if value and field == "output_dir":
             raise ConfigError(f"output_dir={value} holds no run to resume (no config.json with checkpoints/)")
@@ -115,7 +119,7 @@ def fresh_directory(path: str) -> Path:
 
 
 def named_checkpoint(checkpoint_path: str) -> Path | None:
-    """The checkpoint that --checkpoint-path names; None where it names the whole run, or nothing that is there."""
+    """The checkpoint that --checkpoint-path names; None where it names the whole run, or was not given."""
     path = Path(checkpoint_path)
     inside = path if (path / "training_state").is_dir() else path.parent
     return inside if (inside / "training_state").is_dir() else None

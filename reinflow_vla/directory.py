@@ -228,17 +228,6 @@ def _require_spread(directory: Path, key: str, mode: str, known: Mapping[str, Te
         )
 
 
-def require_finite_weights(directory: Path) -> None:
-    """Raise CheckpointError if a tensor of model.safetensors is not finite, one tensor in memory at a time."""
-    from safetensors import safe_open
-
-    from reinflow.training_state import refuse_not_finite
-
-    file = directory / WEIGHTS_FILE
-    with safe_open(file, framework="pt") as weights:
-        refuse_not_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(file))  # noqa: SIM118
-
-
 def save_policy(
     policy: PreTrainedPolicy,
     preprocessor: PolicyProcessorPipeline,

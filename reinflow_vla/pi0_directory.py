@@ -25,7 +25,6 @@ from reinflow_vla.directory import (
     locate_policy,
     quiet,
     read_json,
-    require_finite_weights,
     resolve_folder,
     save_policy,
     store_tokenizer,
@@ -212,7 +211,6 @@ def load_pi0(
         check_data_only(Path(tokenizer))
     name = tokenizer or resolve_folder(directory, stored_tokenizer(directory))
     processors = load_processors(directory, config, name, tokenizer_remedy(name))  # before 3.5 billion weights
-    require_finite_weights(directory)
     policy = build_model(config, sizes)
     _load_weights(policy, directory / WEIGHTS_FILE)
     return policy, *processors
@@ -239,10 +237,11 @@ def _load_weights(policy: PreTrainedPolicy, file: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    from reinflow.training_state import strict_load
+    from reinflow.training_state import refuse_not_finite, strict_load
 
     translated = policy._fix_pytorch_state_dict_keys(load_file(file), policy.config)
     weights = {name if name.startswith("model.") else f"model.{name}": value for name, value in translated.items()}
+    refuse_not_finite(weights.items(), str(file))
     try:
         strict_load(dict(policy.state_dict()), weights, str(file), any_dtype=True)
     except ValueError as error:

@@ -18,7 +18,6 @@ from reinflow_vla.directory import (
     locate_policy,
     quiet,
     read_json,
-    require_finite_weights,
     resolve_folder,
     save_policy,
     store_tokenizer,
@@ -49,10 +48,13 @@ def load_smolvla(
         num_steps: denoising steps; None keeps the stored number.
 
     Raises:
+        CheckpointError: a weight is not finite.
         PolicyDirectoryError: naming the file and the remedy.
     """
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    from reinflow.training_state import refuse_not_finite
 
     directory = locate_policy(policy_dir)
     stored = read_json(directory / CONFIG_FILE)
@@ -63,7 +65,6 @@ def load_smolvla(
     config.vlm_model_name = resolve_folder(directory, config.vlm_model_name)
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
-    require_finite_weights(directory)
     try:
         with quiet(), no_remote_code():
             policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)
@@ -71,6 +72,7 @@ def load_smolvla(
         raise PolicyDirectoryError(
             f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}. Take both from one export"
         ) from error
+    refuse_not_finite(policy.state_dict().items(), str(directory / WEIGHTS_FILE))
     remedy = f"Download it before with `hf download {tokenizer}`, or put it into {directory} as {VLM_REFERENCE}"
     return policy, *load_processors(directory, config, tokenizer, remedy)
 

@@ -12,7 +12,7 @@ import pytest
 
 from reinflow import ConfigError, run_command
 from reinflow.settings import check_same_settings, config_from_json, config_to_json
-from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, SMOKE
+from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, SMOKE, resume_directory
 from train_reinflow import PRESETS, TrainingConfig, parse_args, train
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +222,20 @@ def test_bad_flag_fails_fast():
     )
     assert result.returncode != 0 and "gamma" in result.stderr
     assert time.perf_counter() - start < 10
+
+
+def test_a_checkpoint_that_is_not_there_is_not_replaced_by_another(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    run = tmp_path / "a"
+    assert resume_directory(str(run / "checkpoints"), "") == resume_directory("", str(run)) == run
+    with pytest.raises(ConfigError, match=r"checkpoint_path=.*000099 is not there"):
+        resume_directory(str(run / "checkpoints/000099"), "")
+    with pytest.raises(ConfigError, match=r"output_dir=.*typo is not there"):
+        resume_directory("", str(run / "typo"))
+    with pytest.raises(ConfigError, match=r"is of the run .*a, not of output_dir=.*b"):
+        resume_directory(str(run / "checkpoints"), str(tmp_path / "b"))
 
 
 def test_what_a_disk_does_is_one_line_and_what_we_do_wrong_is_a_traceback():

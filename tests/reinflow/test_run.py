@@ -1,5 +1,6 @@
 """One run of any task: what it writes, resumes, keeps and says. On the fake environment; no robot, no VLA."""
 
+import errno
 import json
 import os
 import signal
@@ -260,3 +261,12 @@ def test_damaged_weights_are_neither_saved_nor_resumed_from(tmp_path):
     save_file(weights, file)
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         make_run(tmp_path).resume()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    iterate(make_run(tmp_path).start())
+    assert "cannot be locked" in capsys.readouterr().out
