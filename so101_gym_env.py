@@ -1,7 +1,7 @@
 """`SO101PickEnv`: the pick-up task as a gymnasium environment whose unit of work is a chunk of control steps.
 
-One control step is `steps_per_action` physics substeps of 2 ms (50 Hz by default). `step_chunk` runs several control
-steps open loop and renders once, at their end; `step` is a chunk of one. Many arms at once: so101_sim/vector.
+One control step is `steps_per_action` physics substeps of 2 ms: 50 Hz, or what `control_hz` says. `step_chunk` runs
+several control steps open loop and renders once, at their end; `step` is a chunk of one. Many arms at once: so101_sim/vector.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import EpisodeLog
-from so101_sim.scene import PickScene
+from so101_sim.scene import PickScene, UnstableSimulationError
 from so101_sim.simulation import Simulation
 
 OBSERVED_LIMIT_MARGIN_RAD = 0.2  # joint limits are soft: a pressed joint is observed a little outside
@@ -105,8 +105,11 @@ class SO101PickEnv(gymnasium.Env[dict[str, Any], Any]):
         Raises:
             ValueError: wrong shape, NaN or infinity.
             gymnasium.error.ResetNeeded: the episode has ended.
+            UnstableSimulationError: the physics broke down; the episode is over.
         """
         score = self.simulation.advance(actions)
+        if score.broken[0]:
+            raise UnstableSimulationError(self.simulation.episode.seed, self.simulation.episode.length)
         terminated, truncated = bool(score.terminated[0]), bool(score.truncated[0])
         info = {
             "is_success": terminated,

@@ -458,7 +458,7 @@ def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
         run.policy, run.env, run.current, config.chunk_steps_per_rollout,
         config.chain(), config.rollout(), run.learner.normalizer, run.seeds,
     )  # fmt: skip
-    run.episodes += len(info.episodes)
+    run.count(info.episodes)
     run.metrics |= info.metrics() | {"noise/sigma_min": sigma_min, "noise/sigma_max": sigma_max}
     return buffer
 

@@ -92,7 +92,7 @@ def vector_env(env: BatchedVectorEnv, work: Work) -> Callable[[], float]:
 
 def batch_alone(batch: Batch, scene: PickScene, work: Work) -> Callable[[], float]:
     """Seconds in `Batch.rollout` for the same chunks; `batch` stands at their end afterwards."""
-    substeps = scene.config.steps_per_action
+    substeps = scene.substeps
     controls = [np.repeat(scene.control(actions)[0], substeps, axis=1) for actions in work.actions]
 
     def run() -> float:
@@ -109,7 +109,7 @@ def batch_alone(batch: Batch, scene: PickScene, work: Work) -> Callable[[], floa
 
 def step_loop(scene: PickScene, work: Work) -> Callable[[], float]:
     """Seconds in a loop of `mj_step(model, data, nstep)` for the same chunks."""
-    model, data, substeps = scene.model, mujoco.MjData(scene.model), scene.config.steps_per_action
+    model, data, substeps = scene.model, mujoco.MjData(scene.model), scene.substeps
     controls = [scene.control(actions)[0] for actions in work.actions]
 
     def run() -> float:

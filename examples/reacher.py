@@ -102,7 +102,7 @@ def train(output_dir: Path, episodes: int = 16_000, seed: int = 0, resume: bool 
             buffer, info, run.current = collect_rollout(
                 policy, env, run.current, 6 * STEPS // CHUNK, spec, discounting, learner.normalizer, run.seeds
             )
-            run.episodes += len(info.episodes)
+            run.count(info.episodes)
             run.metrics |= info.metrics() | learner.update(buffer)
             if iteration % 10 == 0:
                 run.metrics |= (result := success(FIRST_TUNING_SEED)).metrics()

@@ -31,12 +31,15 @@ class Advantages(NamedTuple):
 
 
 def advantages_by_decision(buffer: RolloutBuffer, gae_lambda: float) -> Advantages:
-    """GAE over decisions: R = T * N."""
+    """GAE over decisions: R = T * N, less those of broken episodes."""
     advantages, returns = ppo.compute_gae(
         buffer.reward, buffer.value, buffer.next_value, buffer.terminated, buffer.truncated, buffer.discount, gae_lambda
     )
     context = {name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()}
-    return Advantages(advantages, context, buffer.value.flatten(), returns.flatten())
+    valid = buffer.valid.flatten()
+    if not bool(valid.all()):
+        context = {name: tensor[valid.to(tensor.device)] for name, tensor in context.items()}
+    return Advantages(advantages, context, buffer.value.flatten()[valid], returns.flatten()[valid])
 
 
 @torch.no_grad()

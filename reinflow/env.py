@@ -64,6 +64,7 @@ class EpisodeStats:
     success: bool
     reward_terms: dict[str, float] = field(default_factory=dict)  # sums over the episode; they add up to return_
     extras: dict[str, float] = field(default_factory=dict)  # by the names of ChunkVectorEnv.extras
+    broken: bool = False  # the simulation broke down in it: it counts for nothing
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ChunkResult:
     reward_terms: dict[str, Array]  # (N, n) each; they add up to rewards
     active: NDArray[np.bool_]  # (N, n) executed steps of the episode, its last one included
     terminated: NDArray[np.bool_]  # (N,) the task ended in this chunk
-    truncated: NDArray[np.bool_]  # (N,) the time limit struck in this chunk; never both
+    truncated: NDArray[np.bool_]  # (N,) the time limit struck in this chunk, or the simulation broke; never both
     final_indices: NDArray[np.int64]  # (M,) the truncated environments
     final_observation: Observation | None  # (M rows) their last instant, before any restart; None if M == 0
     environment_states: NDArray[np.float32] | None  # (N, n, S) after each active step, 0 elsewhere; if there are any

@@ -138,10 +138,12 @@ class PPOLearner:
         for group in self.policy_optimizer.param_groups:
             group["lr"] = lr
         advantages = self._advantages(buffer)
+        data = self._flatten(buffer, advantages)
+        if len(data) == 0:
+            return {"ppo/steps_refused": 1.0, "time/update": time.perf_counter() - start}
         metrics = _advantage_metrics(buffer, advantages)
         normalized = self._normalize(advantages)
         metrics["critic/target_shift"] = (normalized.target - normalized.value).mean().item()
-        data = self._flatten(buffer, advantages)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
             if self.starting_policy is not None:
@@ -190,18 +192,20 @@ class PPOLearner:
         return advantages._replace(value=old_outputs, target=self.normalizer.normalize(advantages.target))
 
     def _flatten(self, buffer: RolloutBuffer, advantages: Advantages) -> RolloutBatch:
-        """Flatten the rollout."""
+        """Flatten the rollout; what broken episodes did is left out."""
+        valid = buffer.valid.flatten()
         active = buffer.active.flatten(0, 1)
         mask = group_mask(active, self.policy.action_dim, self.spec)
         advantage = group_advantage(advantages.advantage.flatten(0, 1), self.policy.action_dim, self.spec)
-        return RolloutBatch(
+        data = RolloutBatch(
             context={name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()},
             chain=buffer.chain.flatten(0, 1),
             log_prob=buffer.log_prob.flatten(0, 1),
             mask=mask,
-            advantage=ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else None),
+            advantage=ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else valid),
             anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
         )
+        return data if bool(valid.all()) else data[valid.nonzero().flatten().cpu()]
 
     def _guard_ratio(self, data: RolloutBatch) -> dict[str, float]:
         """Before the first optimiser step the ratio must be 1: the same kernel, weights and cached prefix.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class RolloutBuffer:
     context: Context  # each (T, N, ...)
     chain: Tensor  # (T, N, K+1, n, D)
     log_prob: Tensor  # (T, N, G) at sampling time
-    active: Tensor  # (T, N, n) bool, control steps executed before the episode's end
+    active: Tensor  # (T, N, n) bool, control steps executed before the episode's end; none of a broken episode
     value: Tensor  # (T, N) in return units
     next_value: Tensor  # (T, N) of the observation that follows; the final one where truncated
     reward: Tensor  # (T, N) discounted inside the chunk
@@ -47,6 +47,11 @@ class RolloutBuffer:
     def num_decisions(self) -> int:
         """T * N."""
         return self.value.numel()
+
+    @property
+    def valid(self) -> Tensor:
+        """(T, N) bool: decisions of sound episodes, which are all but very few."""
+        return self.active.any(-1)
 
 
 @dataclass
@@ -64,19 +69,21 @@ class RolloutInfo:
             "time/rollout_env": self.seconds_env,
             "time/rollout_policy": self.seconds_policy,
         }
-        if not self.episodes:
+        metrics["rollout/episodes_broken"] = float(sum(e.broken for e in self.episodes))
+        sound = [e for e in self.episodes if not e.broken]
+        if not sound:
             return metrics
-        returns = [e.return_ for e in self.episodes]
+        returns = [e.return_ for e in sound]
         metrics |= {
-            "rollout/success_rate": float(np.mean([e.success for e in self.episodes])),
+            "rollout/success_rate": float(np.mean([e.success for e in sound])),
             "rollout/return_mean": float(np.mean(returns)),
             "rollout/return_std": float(np.std(returns)),
-            "rollout/episode_length": float(np.mean([e.length for e in self.episodes])),
+            "rollout/episode_length": float(np.mean([e.length for e in sound])),
         }
-        for name in self.episodes[0].extras:
-            metrics[f"rollout/{name}"] = float(np.mean([e.extras[name] for e in self.episodes]))
-        for term in self.episodes[0].reward_terms:
-            metrics[f"reward/{term}"] = float(np.mean([e.reward_terms[term] for e in self.episodes]))
+        for name in sound[0].extras:
+            metrics[f"rollout/{name}"] = float(np.mean([e.extras[name] for e in sound]))
+        for term in sound[0].reward_terms:
+            metrics[f"reward/{term}"] = float(np.mean([e.reward_terms[term] for e in sound]))
         return metrics
 
 
@@ -88,6 +95,9 @@ class RolloutState:
     state: np.ndarray | None  # (N, S) the simulator's, if it is shown
     episodes: NDArray[np.int64]  # (N,) numbers of the episodes being played, see TrainingSeeds
     decisions: NDArray[np.int64]  # (N,) made in them so far
+    broken: NDArray[
+        np.bool_
+    ]  # (N,) an observation of theirs was not finite: zeros stand for it, they count for nothing
 
     @classmethod
     def start(cls, policy: FlowPolicy, env: ChunkVectorEnv, seeds: TrainingSeeds) -> RolloutState:
@@ -104,7 +114,8 @@ class RolloutState:
         decisions: NDArray[np.int64],
     ) -> RolloutState:
         """Encode ``observation``."""
-        return cls(encode(policy, observation), observation.get("environment_state"), episodes, decisions)
+        observation, broken = mend(observation, len(episodes))
+        return cls(encode(policy, observation), observation.get("environment_state"), episodes, decisions, broken)
 
     @property
     def next_episodes(self) -> NDArray[np.int64]:
@@ -115,7 +126,38 @@ class RolloutState:
         """Where the environments stand after a chunk."""
         ended = result.terminated | result.truncated
         episodes = np.where(ended, self.next_episodes, self.episodes)
-        return RolloutState.at(policy, result.observation, episodes, np.where(ended, 0, self.decisions + 1))
+        state = RolloutState.at(policy, result.observation, episodes, np.where(ended, 0, self.decisions + 1))
+        state.broken |= self.breaks(result) & ~ended
+        return state
+
+    def ended(self, result: ChunkResult) -> list[EpisodeStats]:
+        """The episodes that ended in a chunk, the broken ones marked."""
+        breaks = self.breaks(result)
+        return [replace(e, broken=e.broken or bool(breaks[e.env])) for e in result.episodes]
+
+    def breaks(self, result: ChunkResult) -> NDArray[np.bool_]:
+        """(N,) environments whose episode is broken at the end of a chunk."""
+        broken: NDArray[np.bool_] = self.broken | ~np.isfinite(result.rewards).all(axis=1)
+        if result.environment_states is not None:
+            broken |= ~np.isfinite(result.environment_states).all(axis=(1, 2))
+        for stats in result.episodes:
+            broken[stats.env] |= stats.broken
+        return broken
+
+
+def mend(observation: Observation, num_envs: int) -> tuple[Observation, NDArray[np.bool_]]:
+    """An observation with zeros for what is not finite, and the rows (N,) where that was so."""
+    broken = np.zeros(num_envs, dtype=bool)
+    mended = observation.copy()
+    for name in ("agent_pos", "environment_state"):
+        if name in observation and not np.isfinite(observation[name]).all():
+            broken |= ~np.isfinite(observation[name]).reshape(num_envs, -1).all(axis=1)
+            mended[name] = _zero_for_nan(observation[name])
+    return mended, broken
+
+
+def _zero_for_nan(values: NDArray[Any]) -> NDArray[Any]:
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @torch.no_grad()
@@ -172,6 +214,8 @@ def collect_rollout(
         seeds: of the episodes; where they start and all their noise follow from them.
     """
     rows: list[dict[str, Tensor]] = []
+    played: list[NDArray[np.int64]] = []
+    broken: set[int] = set()
     contexts: Context = {}
     episodes: list[EpisodeStats] = []
     seconds_env, start = 0.0, time.perf_counter()
@@ -182,7 +226,9 @@ def collect_rollout(
         result = env.step_chunk(actions, seeds.of(current.next_episodes))
         seconds_env += time.perf_counter() - env_start
         following = current.after(policy, result)
-        reward, discount = chunk_return(result.rewards, result.active, settings)
+        broken |= set(current.episodes[current.breaks(result)].tolist())
+        played.append(current.episodes)
+        reward, discount = chunk_return(_zero_for_nan(result.rewards), result.active, settings)
         _store(contexts, step, num_chunk_steps, policy.to_buffer(current.context))
         rows.append({
             "chain": sample.chain,
@@ -197,8 +243,13 @@ def collect_rollout(
         })  # fmt: skip
         if settings.credit == "control_step":
             rows[-1] |= _control_steps(current, result)
-        episodes.extend(result.episodes)
+        episodes.extend(current.ended(result))
         current = following
+    broken |= set(current.episodes[current.broken].tolist())
+    if broken:  # the rows stay where they are, so that [T, N] keeps its shape
+        sound = torch.as_tensor(~np.isin(np.stack(played), list(broken)))
+        for row, keep in zip(rows, sound, strict=True):
+            row["active"] = row["active"] & keep[:, None]
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
@@ -220,8 +271,9 @@ def _control_steps(current: RolloutState, result: ChunkResult) -> dict[str, Tens
         raise ValueError(
             "credit=control_step needs the simulator's state: build the environment with environment_state=True"
         )
-    states = np.concatenate([current.state[:, None], result.environment_states], axis=1)
-    return {"states": torch.as_tensor(states), "step_reward": torch.as_tensor(result.rewards, dtype=torch.float32)}
+    states = np.concatenate([current.state[:, None], _zero_for_nan(result.environment_states)], axis=1)
+    rewards = torch.as_tensor(_zero_for_nan(result.rewards), dtype=torch.float32)
+    return {"states": torch.as_tensor(states), "step_reward": rewards}
 
 
 def act(
@@ -286,7 +338,7 @@ def _next_value(
     if settings.time_limit_is_terminal:
         return values.masked_fill(torch.as_tensor(result.truncated, device=values.device), 0.0)
     if result.final_observation is not None:
-        final = encode(policy, result.final_observation)
+        final = encode(policy, mend(result.final_observation, len(result.final_indices))[0])
         rows = torch.as_tensor(result.final_indices, device=values.device)
         values = values.index_copy(0, rows, normalizer.denormalize(policy.value(final)))
     return values

@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from reinflow import ConfigError, checkpoint
+from reinflow import ConfigError, UserError, checkpoint
 from reinflow.doctor import FINDINGS_FILE, RULES, Doctor, Rule
-from reinflow.env import ChunkVectorEnv, Observation
+from reinflow.env import ChunkVectorEnv, EpisodeStats, Observation
 from reinflow.evaluate import Act, EvalResult, EvaluationStopped
 from reinflow.learner import PPOLearner
 from reinflow.lock import RunLock
@@ -61,6 +61,7 @@ class RunSettings:
         return TrainingSeeds(self.seed, self.eval_seed)
 
 
+FAULTS_IN_A_ROW = 3
 WAYS = ("resume", "output_dir", "checkpoint_path")  # settings that say how a run is opened, not what it is
 
 
@@ -85,6 +86,10 @@ def set_aside(run_dir: Path, iteration: int) -> Path | None:
     return folder
 
 
+class RunError(UserError, RuntimeError):
+    """The run cannot go on; the message says why and what may help."""
+
+
 class Run:
     """Policy, environments, learner, tracker, doctor and counters of one run; a context manager.
 
@@ -92,13 +97,13 @@ class Run:
 
         with run:
             for iteration in run.iterations():
-                ...         # act, learn, put figures into run.metrics, count run.episodes
+                ...         # act, learn, run.count(episodes), put figures into run.metrics
                 run.log()
                 run.save_if_due()
             run.finish()
 
     SIGINT, SIGTERM and SIGHUP end the loop after the iteration at hand; the run is then saved as at any checkpoint. A
-    second signal interrupts at once.
+    second signal interrupts at once. What goes wrong FAULTS_IN_A_ROW times in a row ends it too, with a RunError.
     """
 
     def __init__(
@@ -141,6 +146,8 @@ class Run:
         self.doctor: Doctor
         self.wandb_id: str | None = None
         self.stop_requested = False
+        self.fault = ""  # why the run cannot go on, once it has shown so FAULTS_IN_A_ROW times in a row
+        self._faults: dict[str, int] = {}
         self._saved_at = self._logged_at = 0
         self._unlogged: list[dict[str, float]] = []
         self._iteration_start = time.perf_counter()
@@ -266,7 +273,7 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """Iteration numbers, from 1, until the episodes or the minutes are used up or a signal came."""
         started, minutes = time.monotonic(), self.settings.max_minutes
-        while self.episodes < self.settings.num_episodes and not self.stop_requested:
+        while self.episodes < self.settings.num_episodes and not self.stop_requested and not self.fault:
             self._iteration_start = time.perf_counter()
             self.iteration += 1
             self.metrics = {}
@@ -286,6 +293,8 @@ class Run:
             "progress/episodes": float(self.episodes),
             "time/iteration": time.perf_counter() - self._iteration_start,
         }
+        refused = self.metrics.get("ppo/steps_refused", 0.0) > 0
+        self._count_fault("updates with a gradient, loss or KL that is not finite", refused, "lower the step size")
         self._unlogged.append(self.metrics)
         evaluated = any(name.startswith("eval/") for name in self.metrics)
         if evaluated or self.episodes - self._logged_at >= self.settings.log_interval:
@@ -300,6 +309,23 @@ class Run:
         self.tracker.log(self.iteration, merged)
         for finding in self.doctor.examine(self.iteration, merged):
             self.tracker.alert(finding.rule, str(finding), error=finding.severity == "error")
+
+    def count(self, episodes: Sequence[EpisodeStats]) -> None:
+        """Count the episodes that ended, and name the broken ones; too many of one environment in a row end the run."""
+        self.episodes += len(episodes)
+        for episode in episodes:
+            if episode.broken:
+                self.tracker.message(
+                    f"environment {episode.env} lost the episode of seed {episode.seed} after {episode.length} control "
+                    "steps: unstable physics, or a reward or observation that is not finite; it counts for nothing"
+                )
+            what, remedy = f"broken episodes of environment {episode.env}", "check the scene's masses, gains, time step"
+            self._count_fault(what, episode.broken, f"{remedy} (last seed {episode.seed})")
+
+    def _count_fault(self, what: str, happened: bool, remedy: str) -> None:
+        self._faults[what] = self._faults.get(what, 0) + 1 if happened else 0
+        if self._faults[what] == FAULTS_IN_A_ROW:
+            self.fault = f"{FAULTS_IN_A_ROW} {what} in a row: {remedy}"
 
     def keep_if_best(self, result: EvalResult) -> None:
         """Save and mark the best checkpoint: the last one within a standard error of the highest success so far, since
@@ -348,6 +374,8 @@ class Run:
             self._log_interval()
         if self._saved_at < self.episodes:
             self.save()
+        if self.fault:
+            raise RunError(f"stopped after iteration {self.iteration}, which is saved: {self.fault}")
         if self.stop_requested:
             self.tracker.message(f"stopped at {self.episodes} episodes; go on with: {self.resume_command}")
         else:

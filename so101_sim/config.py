@@ -29,7 +29,9 @@ class EnvConfig:
     environment_state: bool = False
     """On: observations carry the privileged simulator state as well."""
     steps_per_action: int = 10
-    """Physics substeps of 2 ms per control step: 10 is 50 Hz."""
+    """Physics substeps per control step: 10 of the shipped scene's 2 ms are 50 Hz."""
+    control_hz: float = 0.0
+    """Control steps per second; the substeps follow. 0: what steps_per_action gives, which must be 50."""
     max_steps_per_episode: int = 150
     """Time limit in control steps: 150 is 3 s, three chunks of 50."""
     lift_threshold: float = RewardConfig.lift_threshold
@@ -76,6 +78,8 @@ class EnvConfig:
             _require(
                 1 <= getattr(self, name) <= most, name, getattr(self, name), f"use a whole number from 1 to {most:,}"
             )
+        rate = self.control_hz == 0.0 or 1.0 <= self.control_hz <= 1_000.0
+        _require(rate, "control_hz", self.control_hz, "use 1 to 1,000 control steps a second, or 0 for 50")
         for name, size in (("block_pos", 3), ("block_radius_range", 2), ("starting_position", NUM_JOINTS)):
             value = getattr(self, name)
             numbers = len(value) == size and all(math.isfinite(number) for number in value)

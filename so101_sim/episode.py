@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,28 @@ class ChunkScore:
     heights: Array  # (N, n) m, the block's centre
     clipped: NDArray[np.int64]  # (N, n) joints whose target was outside the limits
     environment_states: NDArray[np.float32] | None  # (N, n, S) after each active step, 0 elsewhere
+    broken: NDArray[np.bool_]  # (N,) the simulation became unstable: the episode is cut off here and counts for nothing
+
+    def cut_off(self, unstable: NDArray[np.bool_], heights_m: Array) -> ChunkScore:
+        """The score with the episodes of the rows ``unstable`` (N,) cut off after a first step that earned nothing, the
+        block where it was before, at ``heights_m`` (N,)."""
+        if not unstable.any():
+            return self
+        rows = unstable[:, None]
+        first = np.arange(self.rewards.shape[1]) == 0
+        states = self.environment_states
+        return replace(
+            self,
+            rewards=np.where(rows, 0.0, self.rewards),
+            terms={name: np.where(rows, 0.0, values) for name, values in self.terms.items()},
+            active=np.where(rows, first, self.active),
+            terminated=self.terminated & ~unstable,
+            truncated=self.truncated | unstable,
+            lengths=np.where(unstable, 1, self.lengths),
+            heights=np.where(rows, heights_m[:, None], self.heights),
+            environment_states=None if states is None else np.where(rows[..., None], np.float32(0.0), states),
+            broken=unstable,
+        )
 
 
 @dataclass
@@ -70,7 +92,7 @@ class EpisodeLog:
         """From `dataclasses.asdict` of another one."""
         return cls(**{**values, "reward_terms": dict(values["reward_terms"])})
 
-    def stats(self, env: int, success: bool) -> EpisodeStats:
+    def stats(self, env: int, success: bool, broken: bool = False) -> EpisodeStats:
         """The finished episode as `EpisodeStats` of environment `env`."""
         assert self.seed is not None
         return EpisodeStats(
@@ -79,6 +101,7 @@ class EpisodeLog:
             return_=self.return_,
             length=self.length,
             success=success,
+            broken=broken,
             reward_terms=dict(self.reward_terms),
             extras={"max_height": self.max_height_m, "clipped_targets": float(self.clipped_targets)},
         )

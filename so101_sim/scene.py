@@ -31,6 +31,7 @@ from so101_sim.episode import ChunkScore
 from so101_sim.randomize import draw_block, draw_start_deg
 from so101_sim.renderer import ParallelRenderer, SceneRenderer, gl_backend
 
+CONTROL_HZ, RATE_TOLERANCE = 50.0, 0.01
 INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
@@ -50,7 +51,30 @@ class PickScene:
         self.frame = FRAMES[config.joint_frame]
         self.limits_rad = self.layout.limits_rad
         self.term_names = REWARD_TERMS[config.reward_mode]
-        self.control_period_s = self.model.opt.timestep * config.steps_per_action
+        self.substeps = self._set_rate()
+        self.control_period_s = self.model.opt.timestep * self.substeps
+
+    def _set_rate(self) -> int:
+        """Physics substeps per control step, so that a control step takes what the task asks for; the time step is
+        shortened or lengthened until they fit. Raises ConfigError where the scene cannot follow."""
+        config, timestep = self.config, self.model.opt.timestep
+        wanted_s = 1.0 / (config.control_hz or CONTROL_HZ)
+        if not config.control_hz:
+            if abs(timestep * config.steps_per_action / wanted_s - 1.0) > RATE_TOLERANCE:
+                raise ConfigError(
+                    f"steps_per_action={config.steps_per_action} time steps of {timestep:g} s in "
+                    f"{config.model_path or 'the shipped scene'} are not the {wanted_s:g} s of a control step at "
+                    f"{CONTROL_HZ:g} Hz: change steps_per_action or the scene's timestep, or say control_hz"
+                )
+            return config.steps_per_action
+        substeps = round(wanted_s / timestep)
+        if substeps < 1 or abs(wanted_s / substeps / timestep - 1.0) > 0.2:
+            raise ConfigError(
+                f"control_hz={config.control_hz:g}: {wanted_s:g} s are no whole number of the scene's time steps of "
+                f"{timestep:g} s: lower the scene's timestep"
+            )
+        self.model.opt.timestep = wanted_s / substeps
+        return substeps
 
     def reset(self, data: mujoco.MjData, rng: np.random.Generator, options: Mapping[str, Any] | None = None) -> None:
         """Writes the start of an episode into `data`, drawing from `rng` what the configuration randomises.
@@ -123,6 +147,7 @@ class PickScene:
             heights=state.block_pos[..., 2],
             clipped=clipped,
             environment_states=self._environment_states(rows, used, active) if config.environment_state else None,
+            broken=np.zeros(len(rows), dtype=bool),
         )
 
     def _environment_states(
@@ -177,8 +202,8 @@ def check_scene(config: EnvConfig) -> None:
 class UnstableSimulationError(UserError, RuntimeError):
     """MuJoCo warned (bad numbers, full buffers): what it computed cannot be trusted."""
 
-    def __init__(self, env: int, seed: int | None, length: int) -> None:
+    def __init__(self, seed: int | None, length: int) -> None:
         super().__init__(
-            f"the simulation of environment {env} (seed {seed}) became unstable around control step {length}. "
+            f"the simulation of seed {seed} became unstable after control step {length}. "
             "Check masses, gains and timestep of the model; the shipped scene should never do this"
         )

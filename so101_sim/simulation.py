@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from so101_mujoco_utils import NUM_JOINTS, Array
 from so101_sim.episode import ChunkScore, EpisodeLog
 from so101_sim.renderer import RenderError, SceneRenderer
-from so101_sim.scene import INTEGRATION_STATE, PickScene, UnstableSimulationError
+from so101_sim.scene import INTEGRATION_STATE, PickScene
 
 
 class Simulation:
@@ -51,7 +51,8 @@ class Simulation:
         self.episode.begin(seed, self.scene.block_height(self._row))
 
     def advance(self, actions: ArrayLike) -> ChunkScore:
-        """Run the targets (n, 6) one control step each, up to the episode's end; the score of the chunk, N = 1.
+        """Run the targets (n, 6) one control step each, up to the episode's end; the score of the chunk, N = 1. Where
+        the physics become unstable the episode is cut off, and the score says so.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
@@ -63,31 +64,33 @@ class Simulation:
             raise ValueError(f"a chunk of actions has shape (n, {NUM_JOINTS}) with n >= 1, got {np.shape(actions)}")
         control, clipped = self.scene.control(actions)
         before = self.row
-        rows = self._simulate(control)
+        rows, stable = self._simulate(control)
+        if not stable:
+            rows[:] = before
         score = self.scene.score(before[None], rows[None], np.array([self.episode.length]), clipped[None])
+        score = score.cut_off(np.array([not stable]), np.array([self.scene.block_height(before)]))
         self._row = rows[score.lengths[0] - 1]
         self._ended = bool(score.terminated[0] or score.truncated[0])
         self.episode.record(score, 0)
         return score
 
-    def _simulate(self, control: Array) -> Array:
-        """Controls (n, nu) -> rows (n, R); stops where the episode ends and repeats its last row from there."""
+    def _simulate(self, control: Array) -> tuple[Array, bool]:
+        """Controls (n, nu) -> rows (n, R), and whether MuJoCo was content; stops where the episode ends and repeats its
+        last row from there."""
         rows = np.empty((len(control), self.scene.layout.row_size))
         left = self.config.max_steps_per_episode - self.episode.length
         warned = self.data.warning.number.sum()
         last = 0
         for last in range(min(len(control), left)):
             self.data.ctrl[:] = control[last]
-            mujoco.mj_step(self.model, self.data, nstep=self.config.steps_per_action)
+            mujoco.mj_step(self.model, self.data, nstep=self.scene.substeps)
             rows[last] = self.scene.layout.row(self.data)
             if self._viewer is not None:
                 self._viewer.sync()
             if self.scene.is_success(rows[last]):
                 break
-        if self.data.warning.number.sum() > warned:
-            raise UnstableSimulationError(0, self.episode.seed, self.episode.length + last)
         rows[last + 1 :] = rows[last]
-        return rows
+        return rows, bool(self.data.warning.number.sum() == warned)
 
     def observation(self) -> dict[str, Any]:
         """The observation of the current instant, in fresh arrays."""

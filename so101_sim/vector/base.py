@@ -152,7 +152,7 @@ class InProcessVectorEnv(SO101VectorEnv):
         live = np.flatnonzero(~self._ended)
         score = self._spread(self._advance(values[live], live), live, values.shape[1])
         episodes = [
-            self._log(env).stats(env, success=bool(score.terminated[env]))
+            self._log(env).stats(env, success=bool(score.terminated[env]), broken=bool(score.broken[env]))
             for env in np.flatnonzero(score.terminated | score.truncated).tolist()
         ]
         final_indices = np.flatnonzero(score.truncated)
@@ -221,6 +221,7 @@ class InProcessVectorEnv(SO101VectorEnv):
             heights=rows([s.heights for s in scores], (n,), np.float64),
             clipped=rows([s.clipped for s in scores], (n,), np.int64),
             environment_states=states,
+            broken=rows([s.broken for s in scores], (), np.bool_),
         )
 
     def _observe_chunk_end(self, score: ChunkScore, live: NDArray[np.int64], next_seeds: Sequence[int] | None) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import ChunkScore, EpisodeLog
-from so101_sim.scene import INTEGRATION_STATE, UnstableSimulationError
+from so101_sim.scene import INTEGRATION_STATE
 from so101_sim.vector.base import InProcessVectorEnv, episode_generator
 
 MAX_RENDER_THREADS = 8
@@ -61,20 +61,19 @@ class BatchedVectorEnv(InProcessVectorEnv):
         steps = np.array([self._logs[env].length for env in live])
         score = self.scene.score(self._rows[live], rows, steps, clipped)
         order, last = np.arange(len(live)), score.lengths - 1
-        time_before = self._integration[live, 0]
-        self._rows[live], self._integration[live] = rows[order, last], integration[order, last]
+        rows, integration = rows[order, last], integration[order, last]
         # The batch stops a simulation that warns, and its clock with it.
-        expected = time_before + score.lengths * self.scene.control_period_s
-        stuck = np.abs(self._integration[live, 0] - expected) > 0.5 * self.scene.model.opt.timestep
+        expected = self._integration[live, 0] + score.lengths * self.scene.control_period_s
+        stable = np.abs(integration[:, 0] - expected) <= 0.5 * self.scene.model.opt.timestep
+        score = score.cut_off(~stable, self.scene.layout.scene_state(self._rows[live]).block_pos[..., 2])
+        self._rows[live[stable]], self._integration[live[stable]] = rows[stable], integration[stable]
         for row, env in enumerate(live.tolist()):
-            if stuck[row]:
-                raise UnstableSimulationError(env, self._logs[env].seed, self._logs[env].length)
             self._logs[env].record(score, row)
         return [score]
 
     def _rollout(self, control: Array, live: NDArray[np.int64]) -> tuple[Array, Array]:
         """Controls (L, n, nu) -> rows (L, n, R) and integration states (L, n, states) after each control step."""
-        substeps = self.config.steps_per_action
+        substeps = self.scene.substeps
         self._batch.state[live] = self._integration[live]
         recorded = self._batch.rollout(
             control.shape[1] * substeps,

@@ -2,9 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from reinflow.evaluate import EpisodeRow, EvalResult, EvaluationStopped
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.metrics import read_metrics
-from reinflow.rollout import RolloutSettings, collect_rollout
-from reinflow.run import Run, RunSettings
+from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
+from reinflow.run import Run, RunError, RunSettings
 from reinflow.training_state import CheckpointError
 from tests.fakes import ReachEnv, make_policy
 
@@ -38,7 +39,7 @@ def act_and_learn(run: Run) -> None:
     buffer, info, run.current = collect_rollout(
         run.policy, run.env, run.current, 2, SPEC, RolloutSettings(gamma=0.99), run.learner.normalizer, run.seeds
     )
-    run.episodes += len(info.episodes)
+    run.count(info.episodes)
     run.metrics |= info.metrics() | run.learner.update(buffer)
 
 
@@ -270,3 +271,76 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, cap
     monkeypatch.setattr("fcntl.flock", refuse)
     iterate(make_run(tmp_path).start())
     assert "cannot be locked" in capsys.readouterr().out
+
+
+class FaultyEnv(ReachEnv):
+    """Spoils what environment 1 shows or earns in the chunks whose number is in ``when``."""
+
+    def __init__(self, what: str, when: range, poison: float = math.nan) -> None:
+        super().__init__(4)
+        self.what, self.when, self.poison, self.chunk = what, when, poison, 0
+
+    def step_chunk(self, actions, next_seeds=None):
+        result = super().step_chunk(actions, next_seeds)
+        if self.chunk in self.when and self.what == "reward":
+            result.rewards[1, -1] = self.poison
+        elif self.chunk in self.when and self.what == "observation":
+            result.observation["environment_state"][1, 0] = self.poison
+        elif self.chunk in self.when:
+            result = replace(result, episodes=[replace(e, broken=e.env == 1) for e in result.episodes])
+        self.chunk += 1
+        return result
+
+
+@pytest.mark.parametrize("what", ["reward", "observation", "physics"])
+def test_a_broken_episode_is_masked_counted_and_named(tmp_path, capsys, what):
+    when = range(1, 2) if what == "physics" else range(1)
+    weights = []
+    for number, poison in enumerate((math.nan, math.inf)):
+        run = make_run(tmp_path / str(number))
+        run.env = FaultyEnv(what, when, poison)
+        iterate(run.start())
+        weights.append(run.policy.state_dict())
+        rows = figures(tmp_path / str(number))
+        assert [row["rollout/episodes_broken"] for row in rows] == [1, 0, 0, 0]
+        assert all(row["critic/return_mean"] is not None for row in rows)
+        assert "environment 1 lost the episode of seed" in capsys.readouterr().out
+    for name, tensor in weights[0].items():  # what was spoiled, and how, leaves no trace
+        assert torch.equal(tensor, weights[1][name]) and torch.isfinite(tensor).all(), name
+
+
+def test_a_broken_episodes_rows_keep_their_place_in_the_buffer():
+    run = make_run(Path("unused"))
+    env, seeds = FaultyEnv("reward", range(1)), run.seeds
+    start = RolloutState.start(run.policy, env, seeds)
+    settings = RolloutSettings(gamma=0.99)
+    buffer, _, _ = collect_rollout(run.policy, env, start, 4, SPEC, settings, run.learner.normalizer, seeds)
+    assert buffer.valid.tolist() == [[True, False, True, True]] * 2 + [[True] * 4] * 2  # an episode is two chunks
+    run.learner.update(buffer)
+    assert all(torch.isfinite(tensor).all() for tensor in run.policy.state_dict().values())
+
+
+def test_faults_in_a_row_stop_a_run_with_its_last_good_state_saved(tmp_path):
+    run = make_run(tmp_path / "physics", episodes=400)
+    run.env = FaultyEnv("reward", range(1000))
+    with pytest.raises(RunError, match="stopped after iteration 3, which is saved: 3 broken episodes of environment 1"):
+        iterate(run.start())
+    run = make_run(tmp_path / "update", episodes=400)
+    run.policy.policy_parameters()[0].register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(RunError, match="3 updates with a gradient, loss or KL that is not finite in a row"):
+        iterate(run.start())
+    for name in ("physics", "update"):
+        assert checkpoint_step(resolve_checkpoint(tmp_path / name)) == 3
+        assert make_run(tmp_path / name, episodes=400).resume().iteration == 3
+
+
+def test_a_rollout_in_which_everything_broke_moves_nothing(tmp_path):
+    run = make_run(tmp_path)
+    run.env = FaultyEnv("reward", range(2))
+    run.env.step_chunk = lambda *a: (r := FaultyEnv.step_chunk(run.env, *a), r.rewards.fill(math.nan))[0]
+    before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
+    run.start()
+    act_and_learn(run)
+    assert run.metrics["ppo/steps_refused"] == 1 and run.metrics["rollout/episodes_broken"] == 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.policy.state_dict().items())
+    run.lock.release()

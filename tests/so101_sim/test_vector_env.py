@@ -10,11 +10,13 @@ import mujoco
 import numpy as np
 import pytest
 
+from reinflow import ConfigError
 from reinflow.env import ChunkResult
 from so101_gym_env import SO101PickEnv
 from so101_mujoco_utils import model_dir
 from so101_sim.config import EnvConfig
 from so101_sim.expert import ScriptedExpert
+from so101_sim.scene import PickScene
 from so101_sim.vector import subproc
 from so101_sim.vector.base import SO101VectorEnv
 from so101_sim.vector.make import make_vector_env
@@ -227,20 +229,41 @@ def test_the_number_of_threads_does_not_matter() -> None:
     assert_same(seen[0], seen[1])
 
 
-def test_an_unstable_simulation_is_an_error_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unstable_simulation_costs_its_episode_alone_in_every_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file in the working directory
-    spec = mujoco.MjSpec.from_file(str(model_dir() / "scene.xml"))
-    spec.option.timestep = 0.02
-    for actuator in spec.actuators:
-        actuator.forcerange, actuator.gainprm[0], actuator.biasprm[1] = [-1e7, 1e7], 1e7, -1e7
-    path = tmp_path / "unstable.xml"
-    path.write_text(spec.to_xml())
-    actions = 100.0 * np.random.default_rng(0).normal(size=(2, 20, 6))
+    actions = plans([1, 2])[:, :CHUNK]
+    seen = []
     for form in FORMS:
-        with make(form, replace(BLIND, model_path=str(path)), num_envs=2) as env:
+        with make(form, num_envs=2) as env:
             env.reset([1, 2])
-            with pytest.raises(RuntimeError, match=r"environment 0 \(seed 1\) became unstable"):
-                env.step_chunk(actions)
+            state = env.get_state()
+            state["integration"][0, 20:] = 1e12  # speeds that no arm has
+            env.set_state(state)
+            chunks = [env.step_chunk(actions, [3, 4]), env.step_chunk(actions)]
+        (lost,) = chunks[0].episodes
+        assert (lost.env, lost.seed, lost.broken, lost.success, lost.length) == (0, 1, True, False, 1)
+        assert chunks[0].truncated.tolist() == [True, False] and not chunks[0].terminated.any()
+        assert not chunks[0].rewards[0].any() and chunks[0].active[1].all()
+        assert all(np.isfinite(chunk.observation["agent_pos"]).all() for chunk in chunks)
+        assert not chunks[1].episodes and chunks[1].active.all()  # both go on: the first one with seed 3
+        seen.append(chunks)
+    for chunks in seen[1:]:
+        assert_same(chunks, seen[0])
+
+
+def test_the_control_period_is_that_of_the_task(tmp_path: Path) -> None:
+    spec = mujoco.MjSpec.from_file(str(model_dir() / "scene.xml"))
+    spec.option.timestep = 0.5
+    slow = tmp_path / "slow.xml"
+    slow.write_text(spec.to_xml())
+    with pytest.raises(ConfigError, match=r"steps_per_action=10 time steps of 0.5 s .* 50 Hz"):
+        make("batched", replace(BLIND, model_path=str(slow)))
+    with pytest.raises(ConfigError, match="lower the scene's timestep"):
+        make("batched", replace(BLIND, model_path=str(slow), control_hz=50.0))
+    scene = PickScene(replace(BLIND, control_hz=30.0))
+    assert (scene.substeps, scene.control_period_s) == (17, pytest.approx(1 / 30))
 
 
 def test_wrong_calls_are_refused() -> None:
