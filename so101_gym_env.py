@@ -1,7 +1,8 @@
 """`SO101PickEnv`: the pick-up task as a gymnasium environment whose unit of work is a chunk of control steps.
 
 One control step is `steps_per_action` physics substeps of 2 ms: 50 Hz, or what `control_hz` says. `step_chunk` runs
-several control steps open loop and renders once, at their end; `step` is a chunk of one. Many arms at once: so101_sim/vector.
+several control steps open loop and renders once, at their end; `step` is a chunk of one. Many arms at once:
+so101_sim/vector.
 """
 
 from __future__ import annotations

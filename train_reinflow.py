@@ -12,13 +12,10 @@ rollout, update, evaluate. The algorithm's rooms are in reinflow/, the arm is in
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -31,28 +28,17 @@ from reinflow.settings import (
     POSITIVE,
     SEED,
     Range,
-    check_same_settings,
-    config_to_json,
     cut,
-    refuse_existing_run,
 )
 from reinflow_so101.checks import check_config
-from reinflow_so101.command_line import (
-    CHANGEABLE_ON_RESUME,
-    ThisStart,
-    fresh_directory,
-    named_checkpoint,
-    parse_flags,
-    saved_config,
-    starting_point,
-)
+from reinflow_so101.command_line import ThisStart, parse_flags, starting_point
+from reinflow_so101.opening import check_start, make_policy, make_run, open_run  # noqa: F401 - for those who build on it
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help takes half a second
     from reinflow.evaluate import EvalResult
     from reinflow.flow import ChainSpec
     from reinflow.learner import LearnerSettings
-    from reinflow.policy import FlowPolicy
     from reinflow.rollout import RolloutBuffer, RolloutSettings
     from reinflow.run import Run, RunSettings
     from reinflow_so101.policies import PolicySettings
@@ -509,80 +495,32 @@ def play(run: Run, config: TrainingConfig, first_seed: int, episodes: int) -> Ev
         return None
 
 
-# --- Opening a run ----------------------------------------------------------------------------------------------------
-
-
-def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
-    """A new run in its own directory, or with ``config.resume`` the saved one; and its settings as they came out."""
-    from so101_sim.scene import check_scene
-
-    run_dir = Path(config.output_dir)
-    if config.resume:
-        saved = config_to_json(saved_config(run_dir, TrainingConfig))
-        check_same_settings(config_to_json(config), saved, CHANGEABLE_ON_RESUME)
-    elif config.output_dir:
-        refuse_existing_run(run_dir)
-    else:
-        stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-        run_dir = fresh_directory(f"outputs/train/{stamp}_{config.preset}")
-    if config.auto_scale:
-        from reinflow_so101.auto_scale import auto_scale
-
-        config, changes = auto_scale(config)
-        print(changes)
-    check_scene(config.env())
-    config, run = make_run(config, run_dir)
-    return config, run.resume(named_checkpoint(config.checkpoint_path)) if config.resume else run.start()
-
-
-def make_run(config: TrainingConfig, run_dir: Path) -> tuple[TrainingConfig, Run]:
-    """Policy, learner and environments of ``config``, not started yet; and its settings as they came out."""
-    import torch
-
-    from reinflow.learner import PPOLearner
-    from reinflow.run import Run
-    from reinflow_so101.command_line import pick_device, this_command
-    from reinflow_so101.doctor_rules import RULES
-    from reinflow_so101.policy_card import policy_card
-    from so101_sim.vector.make import make_vector_env
-
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    device = pick_device(config.device, or_any=config.resume)
-    policy = make_policy(config, device)
-    config = replace(config, **policy.settled())
-    learner = PPOLearner(policy, config.chain(), config.learner(), config.seed)
-    env = make_vector_env(
-        config.env(), config.num_parallel_envs, "subproc" if config.use_subproc_env else "auto", viewer=config.render
-    )
-    cores = min(env.num_envs, os.cpu_count() or 1)
-    print(f"policy on {device}, {torch.get_num_threads()} torch threads; {env.num_envs} environments on {cores} cores")
-    run = Run(
-        run_dir, policy, env, learner, config.run(), config_to_json(config),
-        rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=policy_card(config.env()),
-        resume_command=f"{this_command('reinflow-train')} --resume --output-dir {run_dir}",
-    )  # fmt: skip
-    return config, run
-
-
-def make_policy(config: TrainingConfig, device: str = "cpu") -> FlowPolicy:
-    """The policy that ``config`` trains; raises ConfigError if it does not fit."""
-    from reinflow_so101.policies import build_policy
-
-    return build_policy(config.policy(), config.env(), config.decisions_per_iteration, device)
-
-
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str]) -> TrainingConfig:
-    """Flags over the chosen preset, or over the saved config.json with --resume."""
-    return parse_flags(argv, starting_point(argv, PRESETS), __doc__, ThisStart())[0]
+    """Flags over the chosen preset, over a file (--config), or over the saved config.json with --resume."""
+    return start_of(argv)[0]
+
+
+def start_of(argv: Sequence[str]) -> tuple[TrainingConfig, ThisStart]:
+    """The settings of a training, and what this start of it is for."""
+    return parse_flags(argv, starting_point(argv, PRESETS), __doc__, ThisStart())
+
+
+def start(argv: Sequence[str]) -> None:
+    """Train, or with --check see whether it would."""
+    config, this = start_of(argv)
+    print(f"{'checking' if this.check else 'starting'} {config.preset}: loading the libraries and {config.policy_path}")
+    if this.check:
+        check_start(config)
+    else:
+        train(config)
 
 
 def main() -> None:
     """train_reinflow.py, reinflow-train."""
-    run_command("train_reinflow", lambda: train(parse_args(sys.argv[1:])))
+    run_command("train_reinflow", lambda: start(sys.argv[1:]))
 
 
 def memory_main() -> None:

@@ -184,7 +184,7 @@ def open_run(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
     """Policy, environments and learner of `config`, standing at the first observations: `train_reinflow.rollout` and
     `run.learner.update(buffer)` then do what a training does. Close `run.env` afterwards."""
     from reinflow.rollout import RolloutState
-    from train_reinflow import make_run
+    from reinflow_so101.opening import make_run
 
     config, run = make_run(config, Path("unused"))  # nothing is written unless the run is started or asked to save
     run.current = RolloutState.start(run.policy, run.env, run.seeds)

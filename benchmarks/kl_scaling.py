@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reinflow import ppo
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain, transition
+from reinflow_so101.opening import make_policy
 from so101_sim.vector.make import make_vector_env
-from train_reinflow import PRESETS, make_policy
+from train_reinflow import PRESETS
 
 CASES = [  # executed actions, sigma, lr
     (5, 0.1, 1e-5), (10, 0.1, 1e-5), (25, 0.1, 1e-5), (50, 0.1, 1e-5),

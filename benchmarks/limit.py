@@ -29,7 +29,8 @@ from reinflow.learner import PPOLearner
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutBuffer
 from reinflow_smolvla import ReinFlowSmolVLA
-from train_reinflow import PRESETS, TrainingConfig, make_policy, rollout
+from reinflow_so101.opening import make_policy
+from train_reinflow import PRESETS, TrainingConfig, rollout
 
 
 @contextmanager

@@ -27,11 +27,12 @@ from reinflow.flow import chain_log_prob, sample_chain
 from reinflow.learner import make_policy_optimizer
 from reinflow_so101.memory_planner.plan import CPU_FRAGMENTATION
 from reinflow_so101.memory_planner.trace import PassBytes, trace_passes
+from reinflow_so101.opening import make_policy
 from reinflow_so101.policies import vla_settings
 from reinflow_so101.skeletons import published_smolvla
 from reinflow_vla.base import ReinFlowVLA
 from so101_sim.vector.base import blank_observation
-from train_reinflow import PRESETS, TrainingConfig, make_policy
+from train_reinflow import PRESETS, TrainingConfig
 
 MIB = 2**20
 

@@ -19,9 +19,10 @@ import torch
 from _common import Row, make_parser, report
 from torch import Tensor
 
+from reinflow_so101.opening import make_policy
 from so101_sim.scene import PickScene
 from so101_sim.vector.make import make_vector_env
-from train_reinflow import PRESETS, TrainingConfig, make_policy
+from train_reinflow import PRESETS, TrainingConfig
 
 BATCH, BINS = 64, 6
 RIDGES = (3.0, 30.0, 300.0, 3000.0)

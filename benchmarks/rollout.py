@@ -35,9 +35,10 @@ from reinflow.env import ChunkResult, ChunkVectorEnv, Observation
 from reinflow.policy import FlowPolicy
 from reinflow.ppo import ReturnNormalizer
 from reinflow.rollout import RolloutState, collect_rollout
+from reinflow_so101.opening import make_policy
 from so101_sim.scene import PickScene
 from so101_sim.vector.make import Backend, make_vector_env
-from train_reinflow import PRESETS, TrainingConfig, make_policy
+from train_reinflow import PRESETS, TrainingConfig
 
 FORMS = ("sequential", "subproc", "batched")
 PARTS = ("physics", "rendering", "policy", "Python")

@@ -4,6 +4,7 @@
                             /training_state/state.json   counters, schedules, RNG, optimisers, environments
                                            /arrays.safetensors    arrays that state.json refers to
                                            /<group>.safetensors   one file per named tensor group
+                            /*/checksums.json            of what lies beside it, compared at every loading
     <run>/checkpoints/last -> 000040     relative links, so that a run directory can be moved
                       best -> 000020
 
@@ -24,9 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reinflow.training_state import ARRAYS, CheckpointError, check_keys, pack_tree, unpack_tree
+from reinflow.checksums import DamagedFileError, check_sums, write_sums
+from reinflow.training_state import (
+    ARRAYS,
+    CheckpointError,
+    check_keys,
+    pack_tree,
+    refuse_not_finite,
+    unpack_tree,
+)
 
-FORMAT = 2  # 1 kept generators where 2 keeps which episodes are being played
+FORMAT = 2  # 1 kept generators where 2 keeps which episodes are being played; both are read
 CHECKPOINTS, PRETRAINED, TRAINING = "checkpoints", "pretrained_model", "training_state"
 LAST, BEST = "last", "best"
 _STATE_FILE = "state.json"
@@ -72,7 +81,9 @@ def save_checkpoint(
     try:
         (temporary / PRETRAINED).mkdir(parents=True)
         write_policy(temporary / PRETRAINED)
+        write_sums(temporary / PRETRAINED)
         _write_training_state(temporary / TRAINING, step, tensors, state)
+        write_sums(temporary / TRAINING)
         _sync_tree(temporary)
         _publish(temporary, final)
     except SafetensorError as error:  # its own type for a full disk
@@ -263,6 +274,25 @@ def load_training_state(checkpoint: Path | str) -> tuple[TensorGroups, dict[str,
         CheckpointError: a file is missing, unexpected or damaged, or its tensors are not those it was written with.
     """
     directory = resolve_checkpoint(checkpoint) / TRAINING
+    try:
+        loaded = _load_training_state(directory)
+    except CheckpointError:
+        raise
+    except Exception:
+        _refuse_damage(directory)  # which explains it, if there is any
+        raise
+    _refuse_damage(directory)
+    return loaded
+
+
+def _refuse_damage(directory: Path) -> None:
+    try:
+        check_sums(directory, "take an earlier checkpoint")
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _load_training_state(directory: Path) -> tuple[TensorGroups, dict[str, Any]]:
     content = _read_state(directory)
     files = {path.stem for path in directory.glob("*.safetensors")}
     check_keys(files, content["groups"], f"tensor files in {directory}")
@@ -275,7 +305,14 @@ def load_training_state(checkpoint: Path | str) -> tuple[TensorGroups, dict[str,
             raise CheckpointError(f"{path} cannot be read ({error}): take an earlier checkpoint") from error
         check_keys(groups[name], keys, str(path))
     arrays = groups.pop(ARRAYS)
+    for name, group in groups.items():
+        refuse_not_finite(group.items(), f"{name}.safetensors in {directory}")
     return groups, unpack_tree(arrays, content["state"])
+
+
+def stored_value(checkpoint: Path | str, name: str) -> Any:
+    """A plain value of the state, without its arrays; None if it holds none of that name."""
+    return _read_state(resolve_checkpoint(checkpoint) / TRAINING)["state"].get(name)
 
 
 def _read_state(directory: Path) -> dict[str, Any]:
@@ -284,10 +321,13 @@ def _read_state(directory: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): take an earlier checkpoint") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         found = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(
             f"{path} has format {found}, this version reads {FORMAT}: start a new run from the {PRETRAINED} beside it"
         )
     check_keys(content, ("format", "step", "groups", "state"), str(path))
+    kinds = {"step": int, "groups": dict, "state": dict}
+    if wrong := [name for name, kind in kinds.items() if type(content[name]) is not kind]:
+        raise CheckpointError(f"{path} is damaged in {', '.join(wrong)}: take an earlier checkpoint")
     return content

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reinflow.checksums import check_sums
 from reinflow.env import Observation
 from reinflow.heads import NoiseHead, ReinFlowCritic
 from reinflow.policy import Context, FlowPolicy, PolicyError
@@ -162,14 +164,19 @@ class FlowMLP(FlowPolicy):
         Raises:
             PolicyError: the directory holds no flow_mlp policy.
         """
-        path = directory / "config.json"
-        config = json.loads(path.read_text()) if path.is_file() else {}
-        if config.pop("type", "") != "flow_mlp":
-            raise PolicyError(f"{directory} holds no flow_mlp policy (config.json of that type)")
+        check_sums(directory, "take another export (after a change on purpose remove checksums.json)")
+        config, file = _read_config(directory), directory / "model.safetensors"
+        try:
+            weights = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise PolicyError(f"{file} cannot be read ({error}): take another export") from error
+        with torch.device("meta"):  # before memory is taken for what a damaged config asks for
+            _refuse_other_shapes(cls(**config)._deployable_state(), weights, directory)
+        refuse_not_finite(weights.items(), str(file))
         policy = cls(**(config | settings))
-        weights = load_file(directory / "model.safetensors")
-        refuse_not_finite(weights.items(), str(directory / "model.safetensors"))
         strict_load(policy._deployable_state(), weights, str(directory))
+        if not bool((policy.state_std > 0).all() and (policy.action_std > 0).all()):
+            raise PolicyError(f"{file}: a std in its statistics is not above 0: use data in which everything moves")
         return policy.to(device).eval()
 
     def flow_matching_loss(
@@ -188,3 +195,34 @@ class FlowMLP(FlowPolicy):
             time = time.masked_fill(torch.rand(len(target), generator=generator) < one_step_share, 1.0)
         x_t = time[:, None, None] * noise + (1 - time[:, None, None]) * target
         return ((self._predict_action(context, x_t, time)[0] - target) ** 2).mean()
+
+
+STORED = {
+    "state_dim": 10_000, "action_dim": 1_000, "chunk_size": 1_000, "num_denoising_steps": 1_000, "hidden_size": 65_536,
+}  # fmt: skip
+"""What config.json holds besides the type, and the largest value of each."""
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The sizes in a directory's config.json; raises PolicyError."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise PolicyError(f"{path} cannot be read ({error}): take another export") from error
+    if not isinstance(config, dict) or config.pop("type", "") != "flow_mlp":
+        raise PolicyError(f"{directory} holds no flow_mlp policy (config.json of that type)")
+    wrong = [name for name, most in STORED.items() if type(config.get(name)) is not int or not 0 < config[name] <= most]
+    if wrong or config.keys() - STORED.keys():
+        unknown = sorted(config.keys() - STORED.keys())
+        raise PolicyError(f"{path}: {wrong or unknown} is missing, out of range or unknown: take another export")
+    return config
+
+
+def _refuse_other_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], directory: Path) -> None:
+    shapes = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (expected, found)]
+    if shapes[0] != shapes[1]:
+        names = sorted(name for name in expected.keys() | found.keys() if shapes[0].get(name) != shapes[1].get(name))
+        raise PolicyError(
+            f"{directory}: other shape or type of {names[:4]} in model.safetensors than in config.json: take one export"
+        )

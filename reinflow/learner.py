@@ -167,6 +167,15 @@ class PPOLearner:
             "shuffle_rng": self.generator.get_state(),
         }
 
+    def state_size(self) -> int:
+        """Bytes that ``state_dict`` holds once both optimisers have made a step."""
+        policy, critic = self.policy.policy_parameters(), self.policy.critic_parameters()
+        kept = 2 * sum(p.numel() for p in (*policy, *critic))  # Adam's moments
+        if isinstance(self.policy_optimizer, NaturalGradient):
+            shapes = [self.policy_optimizer.state_shapes(layer.weight) for layer in self.policy_optimizer.layers]
+            kept = sum(math.prod(s) for kinds in shapes for s in kinds.values()) + 2 * sum(p.numel() for p in critic)
+        return 4 * kept
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state_dict``. Raises CheckpointError for the optimisers of another policy."""
         load_optimizer(self.policy_optimizer, state["policy_optimizer"], "policy optimizer")

@@ -114,9 +114,24 @@ def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float | None]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        TrackingError: a line is damaged.
+    """
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    return [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _read_line(path: Path | str, number: int, line: bytes) -> dict[str, float | None]:
+    try:
+        row = json.loads(line.decode())
+        sound = isinstance(row, dict) and all(v is None or type(v) in (int, float) for v in row.values())
+        if not sound or not isinstance(row.get("progress/iteration"), int | float):
+            raise ValueError("no metrics of an iteration")
+    except (ValueError, RecursionError) as error:
+        raise TrackingError(f"{path}, line {number}, is damaged ({error}): mend or remove the line") from error
+    return row
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:

@@ -100,9 +100,9 @@ class RolloutState:
     ]  # (N,) an observation of theirs was not finite: zeros stand for it, they count for nothing
 
     @classmethod
-    def start(cls, policy: FlowPolicy, env: ChunkVectorEnv, seeds: TrainingSeeds) -> RolloutState:
-        """At the beginning of the training's first episodes."""
-        first = np.arange(env.num_envs)
+    def start(cls, policy: FlowPolicy, env: ChunkVectorEnv, seeds: TrainingSeeds, done: int = 0) -> RolloutState:
+        """At the beginning of the training's episodes, those after the first ``done``."""
+        first = done + np.arange(env.num_envs)
         return cls.at(policy, env.reset(seeds.of(first)), first, np.zeros_like(first))
 
     @classmethod
@@ -245,15 +245,24 @@ def collect_rollout(
             rows[-1] |= _control_steps(current, result)
         episodes.extend(current.ended(result))
         current = following
-    broken |= set(current.episodes[current.broken].tolist())
-    if broken:  # the rows stay where they are, so that [T, N] keeps its shape
-        sound = torch.as_tensor(~np.isin(np.stack(played), list(broken)))
-        for row, keep in zip(rows, sound, strict=True):
-            row["active"] = row["active"] & keep[:, None]
+    _mask_broken(rows, np.stack(played), broken | set(current.episodes[current.broken].tolist()))
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
     return RolloutBuffer(context=contexts, **stacked), RolloutInfo(episodes, seconds_env, seconds_policy), current
+
+
+def _mask_broken(rows: list[dict[str, Tensor]], played: NDArray[np.int64], broken: set[int]) -> None:
+    """Nothing that was done in a broken episode counts; its rows stay, so that [T, N] keeps its shape.
+
+    Args:
+        rows: T of them.
+        played: (T, N) numbers of the episodes.
+        broken: numbers of those that are.
+    """
+    if broken:
+        for row, sound in zip(rows, torch.as_tensor(~np.isin(played, list(broken))), strict=True):
+            row["active"] = row["active"] & sound[:, None]
 
 
 def _store(contexts: Context, step: int, num_chunk_steps: int, context: Context) -> None:

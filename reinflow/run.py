@@ -20,8 +20,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from reinflow import ConfigError, UserError, checkpoint
+from reinflow.checksums import replace_with_sum
 from reinflow.doctor import FINDINGS_FILE, RULES, Doctor, Rule
 from reinflow.env import ChunkVectorEnv, EpisodeStats, Observation
 from reinflow.evaluate import Act, EvalResult, EvaluationStopped
@@ -31,7 +33,7 @@ from reinflow.metrics import METRICS_FILE, read_metrics
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
-from reinflow.settings import CONFIG_FILE, check_same_settings, refuse_existing_run
+from reinflow.settings import CONFIG_FILE, check_same_settings, read_config, refuse_existing_run
 from reinflow.tracking import Tracker, WandbMode, open_tracker
 from reinflow.training_state import CheckpointError, refuse_not_finite, rng_state, set_rng_state
 
@@ -62,6 +64,13 @@ class RunSettings:
 
 
 FAULTS_IN_A_ROW = 3
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 WAYS = ("resume", "output_dir", "checkpoint_path")  # settings that say how a run is opened, not what it is
 
 
@@ -118,6 +127,7 @@ class Run:
         rules: Sequence[Rule] = RULES,
         changeable: Collection[str] = (),
         policy_card: Mapping[str, str] | None = None,
+        start_weights: str = "",
         resume_command: str = "",
     ) -> None:
         """Put a run together; nothing is written yet.
@@ -132,11 +142,13 @@ class Run:
             rules: of the doctor.
             changeable: settings that may differ from config.json when the run is resumed.
             policy_card: files to write beside every exported policy, name -> content.
+            start_weights: sha256 of the weights that the run starts from, kept in every checkpoint.
             resume_command: what continues the run, said after a stop.
         """
         self.run_dir, self.policy, self.env, self.learner = run_dir, policy, env, learner
         self.settings, self.config, self.rules, self.changeable = settings, dict(config), rules, changeable
         self.policy_card, self.resume_command = dict(policy_card or {}), resume_command
+        self.start_weights = start_weights
         self.seeds = settings.training_seeds
         self.iteration = self.episodes = 0
         self.best_success = -1.0
@@ -148,7 +160,7 @@ class Run:
         self.stop_requested = False
         self.fault = ""  # why the run cannot go on, once it has shown so FAULTS_IN_A_ROW times in a row
         self._faults: dict[str, int] = {}
-        self._saved_at = self._logged_at = 0
+        self._saved_at = self._logged_at = self._heard = 0
         self._unlogged: list[dict[str, float]] = []
         self._iteration_start = time.perf_counter()
 
@@ -162,6 +174,7 @@ class Run:
         """
         refuse_existing_run(self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        room = self.describe_room()
         self.lock = RunLock(self.run_dir)
         for leftover in (METRICS_FILE, FINDINGS_FILE):  # of a start that never came to a checkpoint
             (self.run_dir / leftover).unlink(missing_ok=True)
@@ -169,13 +182,27 @@ class Run:
         self.current = RolloutState.start(self.policy, self.env, self.seeds)
         self._open_sinks(resumed=None)
         self.save()  # so that whatever ends the run from here on, it can be resumed
-        self.tracker.message(f"run directory: {self.run_dir}")
+        self.tracker.message(f"run directory: {self.run_dir}; {room}")
         return self
 
+    def describe_room(self) -> str:
+        """What the checkpoints will take on the disk. Raises ConfigError if that is more than there is."""
+        one = (
+            1.05 * (_size(self.policy.state_dict()) + _size(self.policy.trainable_state())) + self.learner.state_size()
+        )
+        number = self.settings.keep_checkpoints + 3  # last and best besides, and one while it is written
+        place = next(path for path in (self.run_dir, *self.run_dir.resolve().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        needed = f"up to {number} checkpoints of {one / 1e6:,.0f} MB"
+        if number * one > free:
+            raise ConfigError(
+                f"output_dir={self.run_dir}: {needed} do not fit into the {free / 1e6:,.0f} MB that are free there: "
+                "make room, name another place, or lower keep_checkpoints"
+            )
+        return needed
+
     def _write_config(self) -> None:
-        temporary = self.run_dir / f"{CONFIG_FILE}.tmp"
-        temporary.write_text(json.dumps(self.config, indent=2) + "\n")
-        os.replace(temporary, self.run_dir / CONFIG_FILE)
+        replace_with_sum(self.run_dir / CONFIG_FILE, json.dumps(self.config, indent=2) + "\n")
 
     def resume(self, from_checkpoint: Path | None = None) -> Self:
         """The run as a checkpoint left it, bit for bit.
@@ -189,7 +216,7 @@ class Run:
         """
         chosen = checkpoint.resolve_checkpoint(from_checkpoint or self.run_dir)
         self.lock = RunLock(self.run_dir)
-        stored = json.loads((self.run_dir / CONFIG_FILE).read_text())
+        stored = read_config(self.run_dir)
         check_same_settings(self.config, stored, self.changeable)
         self.config |= {name: stored[name] for name in WAYS if name in stored}
         tensors, state = checkpoint.load_training_state(chosen)
@@ -198,8 +225,14 @@ class Run:
         self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.best_success, self.wandb_id = state["best_success"], state["wandb_id"]
         self._saved_at = self._logged_at = self.episodes
-        observation = self.env.set_state(state["env"])
-        self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
+        if "playing" in state:
+            observation = self.env.set_state(state["env"])
+            self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
+        else:
+            print(
+                "the checkpoint is of an older version: its weights and counters go on, with episodes that begin anew"
+            )
+            self.current = RolloutState.start(self.policy, self.env, self.seeds, self.episodes)
         set_rng_state(state["rng"])
         aside = set_aside(self.run_dir, self.iteration)
         if aside and not (self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST).exists():
@@ -288,7 +321,10 @@ class Run:
         return self.episodes / self.settings.num_episodes
 
     def log(self) -> None:
-        """Metrics of this iteration to console, metrics.jsonl and wandb; the doctor reads them too."""
+        """Metrics of this iteration to console, metrics.jsonl and wandb, once; the doctor reads them too."""
+        if self._heard == self.iteration:
+            return
+        self._heard = self.iteration
         self.metrics |= {
             "progress/episodes": float(self.episodes),
             "time/iteration": time.perf_counter() - self._iteration_start,
@@ -332,6 +368,7 @@ class Run:
         what chance adds to a few hundred episodes must not cost training."""
         if result.success_rate + result.standard_error >= self.best_success:
             self.best_success = max(self.best_success, result.success_rate)
+            self.log()
             self.save()
             checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
 
@@ -341,12 +378,15 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint that ``resume`` continues from, bit for bit."""
+        """Write what ``resume`` continues from, bit for bit; no iteration in it is missing in the files."""
+        if self._unlogged:
+            self._log_interval()
         state = self.learner.state_dict() | {
             "iteration": self.iteration,
             "episodes": self.episodes,
             "best_success": self.best_success,
             "wandb_id": self.wandb_id,
+            "start_weights": self.start_weights,
             "playing": self.current.episodes,
             "decisions": self.current.decisions,
             "rng": rng_state(),

@@ -13,9 +13,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from reinflow import ConfigError
+from reinflow import ConfigError, UserError
+from reinflow.checksums import check_with_sum
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -76,16 +78,64 @@ def config_to_json(config: DataclassInstance) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_json[S](data: Mapping[str, Any], config_type: type[S]) -> S:
-    """Inverse of ``config_to_json``; unknown or missing fields are a ConfigError."""
-    fields = {f.name: f for f in dataclasses.fields(config_type)}  # type: ignore[arg-type]
-    if data.keys() != fields.keys():
+def config_from_json[S](data: Mapping[str, Any], config_type: type[S], where: str = CONFIG_FILE) -> S:
+    """Inverse of ``config_to_json``.
+
+    Raises:
+        ConfigError: fields are missing or unknown, or a value is of another type than its field.
+    """
+    names, hints = {f.name for f in dataclasses.fields(config_type)}, get_type_hints(config_type)  # type: ignore[arg-type]
+    if data.keys() != names:
         raise ConfigError(
-            f"config.json was written by another version: missing {sorted(fields.keys() - data.keys())}, "
-            f"unknown {sorted(data.keys() - fields.keys())}"
+            f"{where} was written by another version: missing {sorted(names - data.keys())}, "
+            f"unknown {sorted(data.keys() - names)}"
         )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            raise ConfigError(f"{where}: {name} is {value!r}, which is no {_type_name(hints[name])}: mend or remove it")
     return config_type(**values)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a JSON value (lists as tuples) is what an annotation says."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in arguments
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(kinds) == len(value) and all(_is_of(v, k) for v, k in zip(value, kinds, strict=True))
+    if kind in (Union, UnionType):
+        return any(_is_of(value, option) for option in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings in a run's config.json, as they were written.
+
+    Raises:
+        ConfigError: there is none, or it holds no settings.
+        DamagedFileError: it was changed since.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        check_with_sum(path, f"put it back, or give changes as flags. To keep it so remove .{path.name}.checksums.json")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(f"{path} cannot be read ({error}): put it back, or start a new run") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no settings: put it back, or start a new run")
+    return content
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -101,7 +151,7 @@ def refuse_existing_run(run_dir: Path) -> None:
 
 def check_same_settings(given: Mapping[str, Any], stored: Mapping[str, Any], changeable: Collection[str]) -> None:
     """Raise ConfigError that lists the settings that differ from a run's own, those beside ``changeable``."""
-    names = {**stored, **given}.keys() - set(changeable)
+    names = (stored.keys() & given.keys()) - set(changeable)  # an older version may lack some
     changed = [name for name in sorted(names) if given.get(name) != stored.get(name)]
     if changed and stored:
         raise ConfigError(

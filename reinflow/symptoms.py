@@ -194,7 +194,7 @@ def explained_by(returns: Sequence[float], targets: Sequence[float]) -> list[flo
 def weak_start(h: History) -> Symptom | None:
     name = "rollout/success_rate"
     done = [(row["progress/iteration"], row["progress/episodes"]) for row in h.last(1, 1, "progress/episodes")]
-    per_iteration = done[0][1] / max(done[0][0], 1) if done else WEAK_EPISODES
+    per_iteration = max(done[0][1] / max(done[0][0], 1), 1) if done else WEAK_EPISODES
     count = max(3, math.ceil(WEAK_EPISODES / per_iteration))
     rows = h.last(len(h.rows), 2 * count, name)
     first, last = rows[:count], rows[-count:]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import difflib
 import inspect
 import itertools
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from reinflow import ConfigError
-from reinflow.settings import CONFIG_FILE, config_from_json
+from reinflow.settings import CONFIG_FILE, config_from_json, config_to_json, read_config
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,6 +27,9 @@ CHANGEABLE_ON_RESUME = {
     "prefix_cache", "prefix_cache_gb", "compile_expert",
 }  # fmt: skip
 
+
+IMPLIED: dict[str, Any] = {}  # what a version without the field did, where that is not the field's default now
+WAYS = {"resume", "output_dir", "checkpoint_path"}  # how a run is opened: not taken from another run's config.json
 
 SMOKE = {  # the sizes of --smoke: every stage of a training once, of any preset
     "num_episodes": 4, "episodes_per_iteration": 2, "num_parallel_envs": 2, "minibatch_size": 2,
@@ -40,6 +44,10 @@ class ThisStart:
 
     smoke: bool = False
     """Two iterations of two episodes, evaluated, saved and exported, whatever the preset: does it work here?"""
+    check: bool = False
+    """Everything up to the first step, then an end: does my policy fit? Nothing is written."""
+    config: str = ""
+    """Start from the fields in a file: the config.json of a run, or a YAML of some of them; flags override it."""
 
 
 def resume_directory(checkpoint_path: str, output_dir: str) -> Path:
@@ -80,25 +88,68 @@ def flag_value(argv: Sequence[str], *names: str) -> str:
 
 def saved_config[C: DataclassInstance](run_dir: Path, config_type: type[C]) -> C:
     """The settings that a run was started with, ready to resume it."""
-    saved = json.loads((run_dir / CONFIG_FILE).read_text()) | {"resume": True, "output_dir": str(run_dir)}
-    return config_from_json(saved, config_type)
+    saved = read_config(run_dir) | {"resume": True, "output_dir": str(run_dir)}
+    lacking = {f.name: IMPLIED.get(f.name, f.default) for f in dataclasses.fields(config_type) if f.name not in saved}
+    if lacking:
+        implied = ", ".join(f"{name}={value}" for name, value in lacking.items())
+        print(f"{run_dir / CONFIG_FILE} is of an older version, which implied {implied}")
+    return config_from_json(lacking | saved, config_type, str(run_dir / CONFIG_FILE))
+
+
+def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], preset: str) -> C:
+    """The fields in a JSON or YAML file over those of a preset: the one named, else the file's own, else the default.
+
+    Raises:
+        ConfigError: it cannot be read, or holds what is no field or no value of its field.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"config={path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config={path} holds no fields: write lines such as policy_lr: 1.0e-5")
+    given = {name: value for name, value in content.items() if name not in WAYS}
+    base = config_to_json(preset_of(presets, preset or str(given.get("preset", ""))))
+    kind = type(next(iter(presets.values())))
+    unknown = sorted(str(name) for name in given if name not in base)
+    if unknown:
+        close = [match for name in unknown for match in difflib.get_close_matches(name, base, 1)]
+        hint = f": is {', '.join(close)} meant?" if close else ": see --help"
+        raise ConfigError(f"config={path} has {', '.join(unknown)}, which is no setting{hint}")
+    hints = get_type_hints(kind)
+    for name, value in given.items():
+        if hints[name] is float and isinstance(value, str):  # YAML reads 1e-4 as text
+            with contextlib.suppress(ValueError):
+                given[name] = float(value)
+    return config_from_json(base | given | ({"preset": preset} if preset else {}), kind, f"config={path}")
+
+
+def preset_of[C](presets: Mapping[str, C], name: str) -> C:
+    """The preset of that name; the first one without a name."""
+    if name and name not in presets:
+        raise ConfigError(f"preset={name} is unknown: choose one of {sorted(presets)}")
+    return presets[name] if name else next(iter(presets.values()))
 
 
 def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[str, C]) -> C:
-    """The config whose fields the flags override: a preset's (in small with --smoke), or the run's own (--resume)."""
+    """The config whose fields the flags override: a preset's or a file's (in small with --smoke), or the run's own
+    (--resume)."""
+    preset, file = flag_value(argv, "--preset"), flag_value(argv, "--config")
     if "--resume" in argv:
         if "--smoke" in argv:
             raise ConfigError("--smoke starts a small run of its own: leave out --resume")
+        if file:
+            raise ConfigError(f"--config {file} starts a run of its own, --resume goes on with a run's: leave one out")
         run = resume_directory(
             flag_value(argv, "--checkpoint-path", "--checkpoint_path"),
             flag_value(argv, "--output-dir", "--output_dir"),
         )
         shown = {"render": False} if "--headless" in argv else {}
         return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
-    preset = flag_value(argv, "--preset") or "smolvla"
-    if preset not in presets:
-        raise ConfigError(f"preset={preset} is unknown: choose one of {sorted(presets)}")
-    return dataclasses.replace(presets[preset], **(SMOKE if "--smoke" in argv else {}))
+    start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
+    return dataclasses.replace(start, **(SMOKE if "--smoke" in argv else {}))
 
 
 def this_command(script: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinflow import UserError
+from reinflow_vla.soundness import PolicyDirectoryError, check_sound, reading
 from reinflow_vla.trust import check_data_only, check_steps, no_remote_code
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
@@ -36,10 +36,6 @@ STATISTICS = {  # by LeRobot's normalisation mode
     "QUANTILE10": ("q10", "q90"),
 }
 POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
-
-
-class PolicyDirectoryError(UserError, RuntimeError):
-    """A policy directory cannot be read or written; the message names the file and the remedy."""
 
 
 def refuse_existing(directory: Path) -> None:
@@ -72,6 +68,7 @@ def locate_policy(reference: str | Path) -> Path:
             "is needed, processors included (for a checkpoint, name its pretrained_model folder)"
         )
     check_trusted(directory)
+    check_sound(directory, {directory / CONFIG_FILE: read_json(directory / CONFIG_FILE)})
     return directory.resolve()
 
 
@@ -114,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """JSON object in a file; PolicyDirectoryError names the file when it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PolicyDirectoryError(f"{path} cannot be read as JSON ({error}): restore or re-export it") from error
     if not isinstance(content, dict):
         raise PolicyDirectoryError(f"{path} holds no JSON object: restore or re-export it")
@@ -164,6 +161,47 @@ def store_tokenizer(directory: Path, reference: str) -> None:
     write_json(directory / PREPROCESSOR_FILE, content)
 
 
+HARMLESS = (
+    "optimizer", "scheduler", "lr_", "learning_rate", "train", "freeze", "dropout", "gradient", "compile", "device",
+    "push_to", "repo", "private", "license", "tags", "log", "save", "eval", "seed", "version", "description", "name",
+)  # fmt: skip
+"""Beginnings of fields that say how a policy is trained, kept or named, not what it computes."""
+
+
+def read_policy_config(directory: Path, device: str) -> PreTrainedConfig:
+    """The config.json of a directory as LeRobot's own class, for ``device``.
+
+    A field that this LeRobot does not know is left out and said, if it is empty or of no consequence for what the
+    policy computes.
+
+    Raises:
+        PolicyDirectoryError: it cannot be read, or has an unknown field of consequence.
+    """
+    from dataclasses import fields
+    from tempfile import TemporaryDirectory
+
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies import factory  # noqa: F401 - registers the types
+
+    file, content = directory / CONFIG_FILE, read_json(directory / CONFIG_FILE)
+    kinds = PreTrainedConfig.get_known_choices()
+    if content.get("type") not in kinds:
+        raise PolicyDirectoryError(f"{file} is of type {content.get('type')!r}, not one of {', '.join(sorted(kinds))}")
+    known = {field.name for field in fields(kinds[content["type"]])} | {"type"}
+    unknown = {name: value for name, value in content.items() if name not in known}
+    grave = {name: value for name, value in unknown.items() if value and not name.startswith(HARMLESS)}
+    if grave:
+        raise PolicyDirectoryError(
+            f"{file} has {', '.join(f'{name}={value!r}' for name, value in sorted(grave.items()))}, which this LeRobot "
+            "does not know and which may change what the policy computes: update LeRobot, or remove the field if not"
+        )
+    if unknown:
+        print(f"{file}: {', '.join(sorted(unknown))} is unknown to this LeRobot and of no consequence here: ignored")
+    with TemporaryDirectory() as folder, reading(directory):
+        write_json(Path(folder) / CONFIG_FILE, {name: content[name] for name in content if name in known})
+        return PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--device={device}"])
+
+
 def load_processors(
     directory: Path, config: PreTrainedConfig, tokenizer: str, remedy: str
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
@@ -180,7 +218,7 @@ def load_processors(
             processors = make_pre_post_processors(
                 config, pretrained_path=str(directory), preprocessor_overrides=overrides
             )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file shows itself in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PolicyDirectoryError(
             f"the processors of {directory} with the tokenizer {tokenizer!r} could not be loaded ({reason}). {remedy}"

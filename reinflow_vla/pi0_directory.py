@@ -11,8 +11,9 @@ LeRobot's ``from_pretrained`` also prints a warning and goes on with random weig
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +21,25 @@ from typing import TYPE_CHECKING, Any
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    PolicyDirectoryError,
     load_processors,
     locate_policy,
     quiet,
     read_json,
+    read_policy_config,
     resolve_folder,
     save_policy,
     store_tokenizer,
     stored_tokenizer,
     write_json,
 )
+from reinflow_vla.soundness import PolicyDirectoryError, check_sound, check_tensors, reading, stored_tensors
 from reinflow_vla.trust import check_data_only
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.pretrained import PreTrainedPolicy
     from lerobot.processor import PolicyProcessorPipeline
+    from torch import Tensor
 
 SIZES_FILE = "sizes.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -154,6 +157,9 @@ def stored_sizes(directory: Path) -> Pi0Sizes | None:
         raise PolicyDirectoryError(
             f"{file} has the fields {sorted(content)}, not {sorted(names)}: restore it, or build the policy anew"
         )
+    check_sound(directory, {file: content})
+    if not all(type(value) in (int, float) and value > 0 for value in content.values()):
+        raise PolicyDirectoryError(f"{file} has a size that is not above 0: restore it, or build the policy anew")
     return Pi0Sizes(**content)
 
 
@@ -190,14 +196,14 @@ def load_pi0(
     Raises:
         PolicyDirectoryError: naming the file and the remedy.
     """
-    from lerobot.configs import PreTrainedConfig
+    import torch
 
     directory = locate_policy(policy_dir)
     kind = read_json(directory / CONFIG_FILE).get("type")
     if kind not in KINDS:
         raise PolicyDirectoryError(f"{directory / CONFIG_FILE} is of type {kind!r}, not one of {KINDS}")
     sizes = stored_sizes(directory)
-    config = PreTrainedConfig.from_pretrained(directory, cli_overrides=[f"--device={device}"])
+    config = read_policy_config(directory, device)
     config.dtype = dtype or config.dtype
     config.compile_model = False  # it would compile the library's sampler, which training does not call
     if config.use_relative_actions:
@@ -211,8 +217,13 @@ def load_pi0(
         check_data_only(Path(tokenizer))
     name = tokenizer or resolve_folder(directory, stored_tokenizer(directory))
     processors = load_processors(directory, config, name, tokenizer_remedy(name))  # before 3.5 billion weights
-    policy = build_model(config, sizes)
-    _load_weights(policy, directory / WEIGHTS_FILE)
+    without_memory = copy(config)  # before any is taken for what a damaged configuration asks for
+    without_memory.device = "meta"
+    with reading(directory):
+        with torch.device("meta"):
+            check_weights(build_model(without_memory, sizes), directory / WEIGHTS_FILE)
+        policy = build_model(config, sizes)
+        _load_weights(policy, directory / WEIGHTS_FILE)
     return policy, *processors
 
 
@@ -230,17 +241,30 @@ def tokenizer_remedy(name: str) -> str:
     )
 
 
-def _load_weights(policy: PreTrainedPolicy, file: Path) -> None:
-    """Copy a safetensors file into ``policy``; raises PolicyDirectoryError unless every key and shape fits.
+def _translated(policy: PreTrainedPolicy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names pass through the library's own translation of openpi's."""
+    translated = policy._fix_pytorch_state_dict_keys(dict(tensors), policy.config)
+    return {name if name.startswith("model.") else f"model.{name}": value for name, value in translated.items()}
 
-    Names pass through the library's own translation of openpi's.
-    """
+
+def check_weights(policy: PreTrainedPolicy, file: Path) -> None:
+    """Raise PolicyDirectoryError unless every name and shape in a file fits ``policy``, which may be on meta."""
+    try:
+        check_tensors(file, _translated(policy, stored_tensors(file)), policy.state_dict())
+    except PolicyDirectoryError as error:
+        raise PolicyDirectoryError(
+            f"{error}. LeRobot would go on with random weights here (exports of 0.6 and the hub's lerobot/pi0_base, "
+            "lerobot/pi05_base fit)"
+        ) from error
+
+
+def _load_weights(policy: PreTrainedPolicy, file: Path) -> None:
+    """Copy a safetensors file into ``policy``; raises PolicyDirectoryError unless every key and shape fits."""
     from safetensors.torch import load_file
 
     from reinflow.training_state import refuse_not_finite, strict_load
 
-    translated = policy._fix_pytorch_state_dict_keys(load_file(file), policy.config)
-    weights = {name if name.startswith("model.") else f"model.{name}": value for name, value in translated.items()}
+    weights = _translated(policy, load_file(file))
     refuse_not_finite(weights.items(), str(file))
     try:
         strict_load(dict(policy.state_dict()), weights, str(file), any_dtype=True)

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    PolicyDirectoryError,
     load_processors,
     locate_policy,
     quiet,
     read_json,
+    read_policy_config,
     resolve_folder,
     save_policy,
     store_tokenizer,
     stored_tokenizer,
     write_json,
 )
+from reinflow_vla.soundness import PolicyDirectoryError, check_sound, check_tensors, reading, stored_tensors
 from reinflow_vla.trust import no_remote_code
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
@@ -51,7 +52,7 @@ def load_smolvla(
         CheckpointError: a weight is not finite.
         PolicyDirectoryError: naming the file and the remedy.
     """
-    from lerobot.configs import PreTrainedConfig
+    import torch
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     from reinflow.training_state import refuse_not_finite
@@ -61,17 +62,17 @@ def load_smolvla(
     if stored.get("type") != "smolvla":
         raise PolicyDirectoryError(f"{directory / CONFIG_FILE} is of type {stored.get('type')!r}, not 'smolvla'")
     tokenizer = resolve_folder(directory, stored_tokenizer(directory))
-    config = PreTrainedConfig.from_pretrained(directory, cli_overrides=[f"--device={device}"])
+    config = read_policy_config(directory, device)
     config.vlm_model_name = resolve_folder(directory, config.vlm_model_name)
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
-    try:
-        with quiet(), no_remote_code():
-            policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)
-    except RuntimeError as error:
-        raise PolicyDirectoryError(
-            f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}. Take both from one export"
-        ) from error
+    vlm, weights = Path(config.vlm_model_name) / CONFIG_FILE, directory / WEIGHTS_FILE
+    if vlm.is_file():
+        check_sound(directory, {vlm: read_json(vlm)})
+    with reading(directory), quiet(), no_remote_code():
+        with torch.device("meta"):  # before memory is taken for what a damaged configuration asks for
+            check_tensors(weights, stored_tensors(weights), SmolVLAPolicy(config).state_dict())
+        policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)
     refuse_not_finite(policy.state_dict().items(), str(directory / WEIGHTS_FILE))
     remedy = f"Download it before with `hf download {tokenizer}`, or put it into {directory} as {VLM_REFERENCE}"
     return policy, *load_processors(directory, config, tokenizer, remedy)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from reinflow import run_command
 from reinflow_so101.stages.build_smolvla import byte_tokenizer, tiny_features
-from reinflow_vla.directory import PolicyDirectoryError, refuse_existing
+from reinflow_vla.directory import refuse_existing
 from reinflow_vla.pi0_directory import TOKENIZER_FOLDER, Pi0Sizes, build_model, export_pi0, replaced
+from reinflow_vla.soundness import PolicyDirectoryError
 
 STATE_MEAN_DEG = (0.0, -60.0, 60.0, 60.0, -45.0, 15.0)  # a reaching arm, the gripper half open
 STATE_STD_DEG = (15.0, 30.0, 30.0, 20.0, 20.0, 15.0)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from reinflow import run_command
-from reinflow_vla.directory import PolicyDirectoryError, quiet, refuse_existing
+from reinflow_vla.directory import quiet, refuse_existing
 from reinflow_vla.smolvla_directory import VLM_FOLDER, export_policy
+from reinflow_vla.soundness import PolicyDirectoryError
 from so101_mujoco_utils import NUM_JOINTS
 
 TINY_CAMERAS = ("camera_up", "wrist_camera")

@@ -2,6 +2,7 @@
 
 ``python -m tests.faults.trainer`` is that process; ``Trainer`` speaks to it. A child runs train_reinflow.main() and is
 told when to die: at its n-th step on the disk (every one counts: a file opened, written, flushed, renamed, removed).
+Instead of dying it can find its directory moved away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ FAST = [
     "--eval-interval", "0", "--report-episodes", "0", "--save-interval", "2", "--num-threads", "1", "--device", "cpu",
 ]  # fmt: skip
 """A training of 0.1 s per iteration, which saves after every one."""
-LIMIT_S = 300
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,30 @@ class Trainer:
         flags: Sequence[str],
         watched: Path,
         *,
-        die_at: int = 0,
+        die_at: int | str = 0,
+        vanish_to: Path | None = None,
         kill_after: float = 0,
         during: Callable[[int], None] | None = None,
         samples: Path | None = None,
+        limit_s: float = 300,
     ) -> Ended:
         """A training to its end.
 
         Args:
             flags: of the command.
             watched: the run's directory; what is done below it counts as a step.
-            die_at: number of the step before which the process kills itself; 0 is never.
+            die_at: number of the step at which the process kills itself, or words of the step before it; 0 is never.
+            vanish_to: where the directory is moved then, instead.
             kill_after: seconds until it is killed from outside; 0 is never.
             during: called with its pid while it runs.
             samples: where it leaves a line of memory and open files after every iteration.
+            limit_s: it is killed after that long in any case.
         """
         out, err, at = (self.folder / name for name in ("out", "err", "at"))
         order = {"flags": list(flags), "watched": str(watched), "die_at": die_at, "samples": str(samples or "")}
+        order["vanish_to"] = str(vanish_to or "")
         pid = self._ask(order | {"out": str(out), "err": str(err), "at": str(at)})["pid"]
-        timer = threading.Timer(kill_after or LIMIT_S, self._kill, [pid])
+        timer = threading.Timer(kill_after or limit_s, self._kill, [pid])
         timer.start()
         try:
             if during:
@@ -120,8 +125,9 @@ REMOVALS = {"os.remove", "os.rmdir"}  # shutil.rmtree names what it removes by a
 class Steps:
     """Counts what this process does below a directory, and kills it before the n-th step."""
 
-    def __init__(self, watched: str, die_at: int, log: str) -> None:
-        self.watched, self.die_at, self.count = watched, die_at, 0
+    def __init__(self, watched: str, die_at: int | str, vanish_to: str, log: str) -> None:
+        self.watched, self.die_at, self.vanish_to = watched, die_at, vanish_to
+        self.count, self.over = 0, False
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         sys.addaudithook(self._heard)
         self._count_flushes()
@@ -130,12 +136,23 @@ class Steps:
 
     def step(self, what: str, torn: str = "") -> None:
         """Count one; ``torn`` is a file of which only half has been written if this is the end."""
+        if self.over:
+            return
         self.count += 1
         self._note(what)
         if self.count == self.die_at:
-            if torn:
-                os.truncate(torn, os.path.getsize(torn) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.over = True
+            self._end(torn)
+        elif isinstance(self.die_at, str) and self.die_at in what:
+            self.die_at = self.count + 1
+
+    def _end(self, torn: str) -> None:
+        if self.vanish_to:
+            os.rename(self.watched, self.vanish_to)
+            return
+        if torn:
+            os.truncate(torn, os.path.getsize(torn) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _note(self, what: str) -> None:
         os.pwrite(self.log, f"{self.count} {what}".ljust(300).encode(), 0)
@@ -200,7 +217,7 @@ def child(order: dict[str, Any]) -> NoReturn:
     sys.argv = ["train_reinflow.py", *order["flags"]]
     if order["samples"]:
         sample_after_iterations(order["samples"])
-    Steps(order["watched"], order["die_at"], order["at"])
+    Steps(order["watched"], order["die_at"], order["vanish_to"], order["at"])
     code = 0
     try:
         train_reinflow.main()
