@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reinflow import symptoms
-from reinflow.metrics import METRICS_FILE, finite_or_none, read_metrics, truncate_metrics
+from reinflow.metrics import METRICS_FILE, finite_or_none, read_lines, read_metrics, truncate_metrics
 from reinflow.symptoms import (
     BOUND_MARGIN,
     CAMPING_ITERATIONS,
@@ -259,7 +259,7 @@ class Doctor:
             self.rows = [row for row in read_metrics(metrics) if (row["progress/iteration"] or 0) <= resumed]
         if self.path.exists():
             truncate_metrics(self.path, resumed)
-            shown: list[Any] = read_metrics(self.path)
+            shown = read_lines(self.path)
             self.shown_at = {line["rule"]: line["progress/iteration"] for line in shown}
 
     def examine(self, iteration: int, metrics: Mapping[str, float]) -> list[Finding]:

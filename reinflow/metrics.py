@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from reinflow import UserError
 from reinflow.env import Extra
@@ -117,26 +118,41 @@ def read_metrics(path: Path | str) -> list[dict[str, float | None]]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out.
 
     Raises:
-        TrackingError: a line is damaged.
+        TrackingError: it is not there, or a line is damaged.
     """
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        if wrong := [name for name, value in row.items() if value is not None and type(value) not in (int, float)]:
+            raise TrackingError(f"{path}, line {number}, is damaged in {wrong[0]!r}: mend or remove the line")
+    return rows
+
+
+def read_lines(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a file that tells of iterations, as ``read_metrics``, with any values."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise TrackingError(f"{path} cannot be read ({error.strerror}): name a run that has it") from error
     return [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _read_line(path: Path | str, number: int, line: bytes) -> dict[str, float | None]:
+def _read_line(path: Path | str, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
-        sound = isinstance(row, dict) and all(v is None or type(v) in (int, float) for v in row.values())
-        if not sound or not isinstance(row.get("progress/iteration"), int | float):
-            raise ValueError("no metrics of an iteration")
+        if not isinstance(row, dict) or not isinstance(row.get("progress/iteration"), int | float):
+            raise ValueError("no progress/iteration")
     except (ValueError, RecursionError) as error:
-        raise TrackingError(f"{path}, line {number}, is damaged ({error}): mend or remove the line") from error
+        raise TrackingError(
+            f"{path}, line {number}, is damaged, not JSON that names an iteration ({error}): mend or remove it"
+        ) from error
     return row
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
     """Drop the lines after ``iteration``, which the resumed run will write again; atomically."""
-    kept = [line for line in read_metrics(path) if (line["progress/iteration"] or 0) <= iteration]
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["progress/iteration"] <= iteration]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

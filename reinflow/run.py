@@ -29,7 +29,7 @@ from reinflow.env import ChunkVectorEnv, EpisodeStats, Observation
 from reinflow.evaluate import Act, EvalResult, EvaluationStopped
 from reinflow.learner import PPOLearner
 from reinflow.lock import RunLock
-from reinflow.metrics import METRICS_FILE, read_metrics
+from reinflow.metrics import METRICS_FILE, read_lines
 from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
@@ -84,7 +84,7 @@ def set_aside(run_dir: Path, iteration: int) -> Path | None:
     if not later:  # lines alone are of iterations that no checkpoint holds: they will be written again
         return None
     files = [path for name in (METRICS_FILE, FINDINGS_FILE) if (path := run_dir / name).exists()]
-    ahead = [path for path in files if any((row["progress/iteration"] or 0) > iteration for row in read_metrics(path))]
+    ahead = [path for path in files if any(row["progress/iteration"] > iteration for row in read_lines(path))]
     folder = run_dir / "set_aside" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
     for path in ahead:
@@ -185,11 +185,15 @@ class Run:
         self.tracker.message(f"run directory: {self.run_dir}; {room}")
         return self
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what one checkpoint takes once both optimisers have made a step."""
+        weights = _size(self.policy.state_dict()) + _size(self.policy.trainable_state())
+        return weights + self.learner.state_size()
+
     def describe_room(self) -> str:
         """What the checkpoints will take on the disk. Raises ConfigError if that is more than there is."""
-        one = (
-            1.05 * (_size(self.policy.state_dict()) + _size(self.policy.trainable_state())) + self.learner.state_size()
-        )
+        one = self.checkpoint_bytes
         number = self.settings.keep_checkpoints + 3  # last and best besides, and one while it is written
         place = next(path for path in (self.run_dir, *self.run_dir.resolve().parents) if path.exists())
         free = shutil.disk_usage(place).free

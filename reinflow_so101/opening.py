@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinflow import ConfigError, UserError
-from reinflow.settings import check_same_settings, config_to_json, refuse_existing_run
+from reinflow.settings import check_same_settings, config_to_json, read_config, refuse_existing_run
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import (
     CHANGEABLE_ON_RESUME,
     fresh_directory,
     named_checkpoint,
     pick_device,
-    saved_config,
     this_command,
 )
 
@@ -56,8 +55,7 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Path, Path | None]:
 
     run_dir, chosen = Path(config.output_dir), None
     if config.resume:
-        saved = config_to_json(saved_config(run_dir, type(config)))
-        check_same_settings(config_to_json(config), saved, CHANGEABLE_ON_RESUME)
+        check_same_settings(config_to_json(config), read_config(run_dir), CHANGEABLE_ON_RESUME)
         chosen = resolve_checkpoint(named_checkpoint(config.checkpoint_path) or run_dir)
     elif config.output_dir:
         refuse_existing_run(run_dir)

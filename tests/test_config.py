@@ -12,7 +12,7 @@ import pytest
 
 from reinflow import ConfigError, run_command
 from reinflow.settings import check_same_settings, config_from_json, config_to_json
-from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, SMOKE, resume_directory
+from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, SMOKE, resume_directory, saved_config
 from train_reinflow import PRESETS, TrainingConfig, parse_args, train
 
 ROOT = Path(__file__).parents[1]
@@ -249,3 +249,37 @@ def test_what_a_disk_does_is_one_line_and_what_we_do_wrong_is_a_traceback():
         run_command("train", lambda: Path("/proc/nope/run").mkdir(parents=True))
     with pytest.raises(OSError, match="Bad file descriptor"):
         run_command("train", lambda: os.close(-1))
+
+
+def test_settings_come_from_a_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: tiny\npolicy_lr: 1e-4\ncameras: [wrist_camera]\n")
+    config = parse_args(["--config", str(file), "--seed", "7"])
+    expected = replace(PRESETS["tiny"], policy_lr=1e-4, cameras=("wrist_camera",), seed=7)
+    assert config == expected
+    run = tmp_path / "config.json"
+    run.write_text(json.dumps(config_to_json(replace(expected, output_dir="elsewhere", resume=True))))
+    assert parse_args([f"--config={run}"]) == expected  # how a run was opened is not taken from it
+    for content, problem in (
+        ("polcy_lr: 1", "polcy_lr, which is no setting: is policy_lr meant"),
+        ("policy_lr: fast", "policy_lr is .fast."),
+        ("policy_lr: .nan", "policy_lr must"), ("- 1", "holds no fields"), ("a: [", "cannot be read"),
+        ("preset: huge", "preset=huge is unknown"), ("num_episodes: 2.5", "num_episodes is 2.5"),
+    ):  # fmt: skip
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=problem):
+            parse_args(["--config", str(file)])
+    with pytest.raises(ConfigError, match="leave one out"):
+        parse_args(["--config", str(file), "--resume"])
+
+
+def test_a_config_of_an_older_version_gets_what_that_version_implied(tmp_path, capsys):
+    saved = config_to_json(PRESETS["flow_mlp"])
+    del saved["max_minutes"], saved["auto_scale"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = saved_config(tmp_path, TrainingConfig)
+    assert config == replace(PRESETS["flow_mlp"], resume=True, output_dir=str(tmp_path))
+    assert "implied max_minutes=0.0, auto_scale=False" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"of_the_future": 1}))
+    with pytest.raises(ConfigError, match=r"another version: .* unknown \['of_the_future'\]"):
+        saved_config(tmp_path, TrainingConfig)

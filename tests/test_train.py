@@ -19,6 +19,8 @@ import train_reinflow
 from reinflow import ConfigError
 from reinflow.checkpoint import checkpoint_step, load_training_state, resolve_checkpoint
 from reinflow.metrics import known_metrics, read_metrics
+from reinflow_so101.opening import check_start
+from so101_mujoco_utils import model_dir
 from so101_sim.episode import EXTRAS
 from train_reinflow import PRESETS, TrainingConfig, evaluate, open_run, rollout, train, update
 
@@ -242,3 +244,27 @@ def test_one_seed_gives_one_run(small, tmp_path):
     first, second = metrics_of(tmp_path / "first"), metrics_of(tmp_path / "second")
     assert first == second
     assert first[-1]["ppo/approx_kl"] > 0
+
+
+def test_check_goes_up_to_the_first_step_and_leaves_no_trace(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check_start(replace(small, output_dir=""))
+    assert "check passed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="lacks wrist_camera"):
+        check_start(replace(small, cameras=("camera_up",)))
+
+
+def test_a_start_policy_that_is_gone_is_replaced_by_the_checkpoints_copy(small, tmp_path, capsys):
+    start = tmp_path / "start"
+    shutil.copytree(model_dir() / "tiny_smolvla", start)
+    config = replace(small, pretrained_path=str(start), num_episodes=2)
+    train(config)
+    shutil.copytree(tmp_path / "run", tmp_path / "straight", symlinks=True)
+    resumed = {"resume": True, "num_episodes": 4}
+    train(replace(config, output_dir=str(tmp_path / "straight"), **resumed))
+    start.rename(tmp_path / "moved")
+    train(replace(config, **resumed))
+    assert "going on from the checkpoint's own copy" in capsys.readouterr().out
+    ours, theirs = (load_file(tmp_path / run / "checkpoints/last/pretrained_model/model.safetensors")
+                    for run in ("run", "straight"))  # fmt: skip
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

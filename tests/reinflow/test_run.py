@@ -4,16 +4,19 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reinflow import ConfigError
-from reinflow.checkpoint import checkpoint_step, resolve_checkpoint
+from reinflow import ConfigError, UserError
+from reinflow.checkpoint import checkpoint_step, load_training_state, resolve_checkpoint, save_checkpoint
+from reinflow.checksums import replace_with_sum, sha256
 from reinflow.evaluate import EpisodeRow, EvalResult, EvaluationStopped
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
@@ -344,3 +347,45 @@ def test_a_rollout_in_which_everything_broke_moves_nothing(tmp_path):
     assert run.metrics["ppo/steps_refused"] == 1 and run.metrics["rollout/episodes_broken"] == 4
     assert all(torch.equal(before[name], tensor) for name, tensor in run.policy.state_dict().items())
     run.lock.release()
+
+
+def test_checkpoints_that_cannot_fit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(ConfigError, match=r"up to 6 checkpoints of 1 MB do not fit into the 0 MB .* lower keep"):
+        make_run(tmp_path / "run").start()
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_the_estimate_of_a_checkpoint_is_not_below_what_it_takes(tmp_path):
+    for name, optimizer in (("adam", "adam"), ("natural", "natural")):
+        run = make_run(tmp_path / name)
+        run.learner = PPOLearner(run.policy, SPEC, replace(UPDATE, policy_optimizer=optimizer, target_kl=0.01), 0)
+        iterate(run.start())
+        files = [path for path in (tmp_path / name / "checkpoints/000004").rglob("*") if path.is_file()]
+        taken = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+        assert 0.6 * run.checkpoint_bytes < taken < 1.1 * run.checkpoint_bytes, name
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_with_new_episodes(tmp_path, capsys):
+    iterate(make_run(tmp_path, episodes=8).start())
+    tensors, state = load_training_state(tmp_path)
+    of_format_1 = {name: value for name, value in state.items() if name not in ("playing", "decisions")}
+    save_checkpoint(tmp_path, 2, make_run(tmp_path).policy.save_pretrained, tensors, of_format_1)
+    run = make_run(tmp_path).resume()
+    assert run.current.episodes.tolist() == [8, 9, 10, 11] and "of an older version" in capsys.readouterr().out
+    iterate(run)
+    assert [row["progress/episodes"] for row in figures(tmp_path)] == [4, 8, 12, 16]
+
+
+def test_a_changed_config_is_refused_and_one_killed_while_it_is_written_is_not(tmp_path):
+    iterate(make_run(tmp_path, episodes=8).start())
+    file = tmp_path / "config.json"
+    whole = file.read_text()
+    file.write_text(whole.replace('"policy_lr": 0.001', '"policy_lr": 0.002'))
+    with pytest.raises(UserError, match=r"config.json is missing, or not as .* give changes as flags"):
+        make_run(tmp_path).resume()
+    file.write_text(whole)
+    replace_with_sum(file, whole.replace("{", "{ ", 1))
+    digests = json.loads((tmp_path / ".config.json.checksums.json").read_text())["config.json"]
+    assert digests == [sha256(file)]  # in between both versions are allowed
+    make_run(tmp_path).resume().lock.release()
