@@ -85,4 +85,5 @@ class ReinFlowSmolVLA(ReinFlowVLA):
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a stock LeRobot policy directory: no noise head, no critic, the full chunk_size."""
-        export_policy(self.vla, self.preprocessor, self.postprocessor, directory)
+        with self.as_exported():
+            export_policy(self.vla, self.preprocessor, self.postprocessor, directory)

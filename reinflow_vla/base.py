@@ -9,7 +9,8 @@ prefix, how its language model runs over that, and how its expert denoises; all 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -23,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from reinflow.env import Observation
 from reinflow.heads import NoiseHead, ReinFlowCritic
 from reinflow.policy import Context, FlowPolicy, PolicyError
+from reinflow.rounding import act_rounded
 from reinflow_vla.directory import OBS_IMAGES_PREFIX
 from reinflow_vla.prefix_cache import BATCH_PREFIX, PrefixCache, plan_prefix_cache, prefix_bytes
 
@@ -121,7 +123,9 @@ class ReinFlowVLA(FlowPolicy):
         self.num_denoising_steps = num_denoising_steps
         self.chunk_size, self.n_action_steps = config.chunk_size, n_action_steps
         self.action_dim, self.padded_action_dim = config.action_feature.shape[0], config.max_action_dim
-        # bf16 weights do not move at fine-tuning learning rates; what learns is fp32.
+        # What plain LeRobot holds in bf16 acts as that, over fp32 masters; what learns is fp32, and so is all that is
+        # computed with it: a sum in bf16 depends on the batch, and the ratio on it.
+        narrow = {name for name, p in policy.named_parameters() if p.dtype == torch.bfloat16}
         self.expert().float()
         head = policy.model.action_out_proj
         device = head.weight.device
@@ -134,6 +138,7 @@ class ReinFlowVLA(FlowPolicy):
         self._expert_features: Tensor | None = None
         head.register_forward_pre_hook(self._keep_expert_features)
         self._trainable = self._freeze_all_but(groups)
+        self.rounded = self._act_rounded(narrow)
         self.eval()  # acting and updating see the same modules
 
     # --- What a family supplies -------------------------------------------------------------------------------------
@@ -207,6 +212,29 @@ class ReinFlowVLA(FlowPolicy):
             for parameter in parameters:
                 parameter.requires_grad_(True)
         return trainable
+
+    def _act_rounded(self, narrow: set[str]) -> list[nn.Parameter]:
+        """Let trainable weights of the names ``narrow`` act as the bf16 that plain LeRobot holds of them."""
+        found = []
+        for place, module in self.vla.named_modules():
+            own = {f"{place}.{name}": p for name, p in module.named_parameters(recurse=False)}
+            learns = [p for name, p in own.items() if name in narrow and p.requires_grad]
+            if learns:
+                act_rounded(module)
+                found += learns
+        return found
+
+    @contextmanager
+    def as_exported(self) -> Iterator[None]:
+        """Within it the library's policy holds what plain LeRobot will: rounded weights in bf16."""
+        masters = [p.data for p in self.rounded]
+        try:
+            for parameter in self.rounded:
+                parameter.data = parameter.data.bfloat16()
+            yield
+        finally:
+            for parameter, master in zip(self.rounded, masters, strict=True):
+                parameter.data = master
 
     @property
     def cameras(self) -> tuple[str, ...]:
