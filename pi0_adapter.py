@@ -133,5 +133,5 @@ class ReinFlowPi0(ReinFlowVLA):
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a stock LeRobot policy directory: no noise head, no critic, adapters merged into the layers."""
-        with merged_adapters(self.expert()):
+        with merged_adapters(self.expert()), self.as_exported():
             export_pi0(self.vla, self.preprocessor, self.postprocessor, directory)

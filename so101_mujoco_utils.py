@@ -89,6 +89,30 @@ FRAMES = {
 }
 
 
+HALF_RANGES_DEG = (
+    110.0,
+    100.0,
+    96.83,
+    95.0,
+    180.0,
+)  # the joint ranges, and the full turn that LeRobot gives wrist_roll
+
+
+def m100_frame(half_ranges_deg: tuple[float, ...] = HALF_RANGES_DEG) -> JointFrame:
+    """LeRobot's SO-101 driver with use_degrees=False: -100 and 100 are the ends of each arm joint's calibrated range,
+    its middle is 0; the gripper is a percentage.
+
+    Args:
+        half_ranges_deg: (5,) half of each arm joint's range.
+    """
+    return JointFrame(
+        name="lerobot_m100_100",
+        scale=(*(100.0 / half * _DEG_PER_RAD for half in half_ranges_deg), _PCT_PER_RAD),
+        offset=(0.0,) * 5 + (-GRIPPER_CLOSED_RAD * _PCT_PER_RAD,),
+        units=("%",) * 5 + ("pct",),
+    )
+
+
 def _joint_array(values: ArrayLike, name: str) -> Array:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim == 0 or array.shape[-1] != NUM_JOINTS:

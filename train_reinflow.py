@@ -2,7 +2,8 @@
 
     python train_reinflow.py --preset tiny          the embedded policy, a 2-core CPU, minutes
     python train_reinflow.py --preset flow_mlp      a small MLP on simulator state, to judge an algorithm change
-    python train_reinflow.py --pretrained-path DIR  your own SmolVLA, seed defaults
+    python train_reinflow.py --preset finetune --pretrained-path DIR   your own SmolVLA, with what learns here
+    python train_reinflow.py --pretrained-path DIR  the same with the document's defaults
     python train_reinflow.py --preset tiny-pi0      a tiny Pi0 with random weights: it runs, it does not learn
     python train_reinflow.py --help                 every field
 
@@ -52,7 +53,7 @@ class TrainingConfig:
     """Every setting of a training run. Names follow notes/hyperparameters.md, which gives the reasons at length."""
 
     # --- What is trained -------------------------------------------------------------------------------------------
-    preset: Literal["smolvla", "pi0", "tiny", "tiny-pi0", "flow_mlp"] = "smolvla"
+    preset: Literal["smolvla", "pi0", "finetune", "tiny", "tiny-pi0", "flow_mlp"] = "smolvla"
     """Which set of defaults the other flags start from; they are PRESETS in train_reinflow.py."""
     model_type: Literal["smolvla", "pi0", "flow_mlp"] = "smolvla"
     """Policy family. pi0 is Pi0 or Pi0.5, as the policy says; flow_mlp sees the simulator's state and no images."""
@@ -69,6 +70,17 @@ class TrainingConfig:
     peft_rank: Annotated[int, NOT_NEGATIVE] = 0
     """R > 0 trains adapters of rank R (LoRA) beside the linear layers of Pi0's expert instead of the layers; exports
     merge them."""
+    rename_map: str = ""
+    """Which camera of the scene is which of the policy's, in LeRobot's form, environment -> policy:
+    '{"observation.images.camera_up": "observation.images.front"}'. Empty: by name; camera1, camera2 by position."""
+    normalization: str = "auto"
+    """Statistics of joints and actions: policy (its own), the name of a data set that it keeps some for, or
+    dataset:PATH of a LeRobotDataset. auto: its own, else those of so100."""
+    joint_frame: Literal["auto", "lerobot", "lerobot_m100_100", "so100_legacy"] = "auto"
+    """Units of those statistics: LeRobot's degrees, its -100..100, or the older degrees of SO-100 data. auto takes what
+    fits the joint limits, LeRobot's degrees first. Exports are in LeRobot's degrees."""
+    calibration: str = ""
+    """LeRobot's calibration file of one's own arm, for lerobot_m100_100; empty takes the middle of the ranges."""
     flow_mlp_pretrained_path: str = "embedded"
     """State-based MLP to start from, a directory of reinflow-sft-mlp or a checkpoint's pretrained_model; "embedded"
     names the one that comes with the package."""
@@ -153,8 +165,8 @@ class TrainingConfig:
     """First iterations that train the critic alone, on the same targets."""
 
     # --- The noisy denoising chain ---------------------------------------------------------------------------------
-    num_denoising_steps: Annotated[int, Range(1, 1_000)] = 1
-    """K, Euler steps from noise to action; evaluation and export use the same."""
+    num_denoising_steps: Annotated[int, Range(0, 1_000)] = 1
+    """K, Euler steps from noise to action; evaluation and export use the same. 0 takes the policy's own."""
     sigma_min: Annotated[float, SIGMA] = 0.25
     """Smallest std of the exploration noise, in normalised action units."""
     sigma_max: Annotated[float, SIGMA] = 0.50
@@ -177,14 +189,14 @@ class TrainingConfig:
     """Draw noise in the last of the K denoising steps only."""
 
     # --- Chunks and episodes ---------------------------------------------------------------------------------------
-    chunk_size: Annotated[int, POSITIVE] = 50
-    """Actions the policy predicts; fixed by the pretrained model and checked against it."""
-    n_action_steps: Annotated[int, POSITIVE] = 50
-    """Actions of a chunk that are executed before the next observation."""
-    chunks_per_episode: Annotated[int, POSITIVE] = 3
-    """Decisions per episode; times n_action_steps it must be max_steps_per_episode."""
+    chunk_size: Annotated[int, NOT_NEGATIVE] = 50
+    """Actions the policy predicts; fixed by the pretrained model and checked against it. 0 takes the policy's own."""
+    n_action_steps: Annotated[int, NOT_NEGATIVE] = 50
+    """Actions of a chunk that are executed before the next observation; 0 takes the policy's own."""
+    chunks_per_episode: Annotated[int, NOT_NEGATIVE] = 3
+    """Decisions per episode; times n_action_steps it must be max_steps_per_episode. 0 takes as many as reach it."""
     max_steps_per_episode: Annotated[int, POSITIVE] = 150
-    """Control steps (50 Hz) before an episode is truncated."""
+    """Control steps before an episode is truncated."""
 
     # --- Environment -----------------------------------------------------------------------------------------------
     model_path: str = "model/scene.xml"
@@ -193,6 +205,8 @@ class TrainingConfig:
     """Task given to the policy."""
     steps_per_action: Annotated[int, POSITIVE] = 10
     """Physics substeps of 2 ms per control step."""
+    control_hz: Annotated[float, Range(1, 1_000, or_zero=True)] = 0.0
+    """Control steps a second, for a policy of other data than 50 Hz; the substeps follow. 0: as steps_per_action."""
     starting_position: tuple[float, float, float, float, float, float] = (0.06, -100.21, 89.95, 66.46, 5.96, 1.0)
     """Joint angles at reset in MuJoCo degrees; clipped to the limits."""
     start_noise_deg: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -209,8 +223,8 @@ class TrainingConfig:
     """A random block is turned by up to +- this."""
     cameras: tuple[str, ...] = ("camera_up", "wrist_camera", "camera_side")
     """Cameras to render; the policy's must be among them."""
-    image_size: Annotated[int, Range(8, 4_096)] = 256
-    """Height and width of every image."""
+    image_size: Annotated[int, Range(8, 4_096, or_zero=True)] = 256
+    """Height and width of every image; 0 takes the policy's own."""
     lift_threshold: Annotated[float, POSITIVE] = 0.08
     """Block height in metres that counts as lifted."""
     reward_mode: Literal["seed", "staged", "sparse"] = "seed"
@@ -282,9 +296,8 @@ class TrainingConfig:
     def env(self) -> EnvConfig:
         """The environment."""
         blind = self.model_type == "flow_mlp"  # it sees the simulator's state and no pixels
-        return cut(
-            self, EnvConfig, render_images=not blind, environment_state=blind or self.critic_input == "state"
-        )  # fmt: skip
+        privileged = blind or self.critic_input == "state"
+        return cut(self, EnvConfig, joint_frame="lerobot", render_images=not blind, environment_state=privileged)
 
     def policy(self) -> PolicySettings:
         """Which policy, and what of it learns."""
@@ -380,6 +393,20 @@ PRESETS: dict[str, TrainingConfig] = {
         save_interval=1_536,
     ),
 }
+# What was measured to learn ("tiny"), for a policy of one's own: all that is the policy's to say is left to it.
+PRESETS["finetune"] = replace(
+    PRESETS["tiny"],
+    preset="finetune",
+    pretrained_path=TrainingConfig.pretrained_path,
+    num_threads=0,
+    num_episodes=20_000,
+    cameras=TrainingConfig.cameras,
+    image_size=0,
+    chunk_size=0,
+    n_action_steps=0,
+    chunks_per_episode=0,
+    num_denoising_steps=0,
+)
 # The task of "tiny" with a random Pi0: every stage of Pi0 in minutes on a 2-core CPU.
 PRESETS["tiny-pi0"] = replace(
     PRESETS["tiny"],

@@ -53,6 +53,7 @@ def save_checkpoint(
     write_policy: Callable[[Path], None],
     tensors: TensorGroups,
     state: Mapping[str, Any],
+    make_root: bool = True,
 ) -> Path:
     """Write ``<run_dir>/checkpoints/<step:06d>`` and point ``last`` at it.
 
@@ -66,6 +67,8 @@ def save_checkpoint(
         tensors: named groups of named tensors, e.g. ``{"critic": critic.state_dict()}``.
         state: any tree that pack_tree accepts: optimizer state_dicts, rng_state(), counters, environment states.
 
+        make_root: make ``checkpoints/`` first; without it a run's directory that vanished does not come back empty.
+
     Returns:
         The checkpoint's directory.
 
@@ -73,13 +76,15 @@ def save_checkpoint(
         CheckpointError: something in ``state`` or ``tensors`` cannot be stored, or the disk is full.
     """
     root = Path(run_dir) / CHECKPOINTS
-    root.mkdir(parents=True, exist_ok=True)
+    if make_root:
+        root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(f"{_TEMPORARY}*"):  # of a process that was killed while saving
         if not _is_linked(root, stale):
             shutil.rmtree(stale)
     final, temporary = root / f"{step:06d}", root / f"{_TEMPORARY}{step:06d}"
     try:
-        (temporary / PRETRAINED).mkdir(parents=True)
+        temporary.mkdir()
+        (temporary / PRETRAINED).mkdir()
         write_policy(temporary / PRETRAINED)
         write_sums(temporary / PRETRAINED)
         _write_training_state(temporary / TRAINING, step, tensors, state)
@@ -237,7 +242,7 @@ def resolve_checkpoint(path: Path | str, which: Literal["last", "best"] = "last"
 
     Args:
         path: a run directory, a checkpoint directory (or a link to one), or its pretrained_model directory.
-        which: the link to follow in a run directory.
+        which: in a run directory, its newest checkpoint or the one that is linked as the best.
 
     Raises:
         CheckpointError: nothing there is a checkpoint.
@@ -250,6 +255,8 @@ def resolve_checkpoint(path: Path | str, which: Literal["last", "best"] = "last"
     if (path / TRAINING).is_dir():
         return path.resolve()
     link = path / CHECKPOINTS / which
+    if which == LAST and (published := list_checkpoints(path)):
+        return published[-1].resolve()  # a process may have been killed before it could link it
     if (link / TRAINING).is_dir():
         return link.resolve()
     present = ", ".join(checkpoint.name for checkpoint in list_checkpoints(path)) or "none"

@@ -103,6 +103,9 @@ class PPOLearner:
 
     def __init__(self, policy: FlowPolicy, spec: ChainSpec, settings: LearnerSettings, seed: int):
         self.policy, self.spec, self.settings = policy, spec, settings
+        narrow = [p for p in (*policy.policy_parameters(), *policy.critic_parameters()) if p.dtype != torch.float32]
+        if narrow:
+            raise ConfigError(f"{len(narrow)} tensors that learn are {narrow[0].dtype}: small steps would round away")
         self.normalizer = ppo.ReturnNormalizer()
         self.policy_optimizer = make_policy_optimizer(policy, settings)
         # A group may be empty (no critic), the list of groups may not.

@@ -41,6 +41,15 @@ class FlowPolicy(nn.Module, ABC):
         """Where the policy runs."""
         return self.noise_mlp.sigma_min.device
 
+    @property
+    def rounded(self) -> list[nn.Parameter]:
+        """Trainable parameters that act as bf16, over fp32 masters, because that is what an export's reader holds."""
+        return []
+
+    def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What learns, by names for people."""
+        return {"policy": self.policy_parameters(), "critic": self.critic_parameters()}
+
     def settled(self) -> dict[str, Any]:
         """Settings that were left to the policy, as it chose them; a resumed run must keep them."""
         return {}

@@ -7,10 +7,6 @@ evaluations, while the optimiser moves the masters; so what is exported is what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,10 +29,14 @@ def _rounded_weight(module: nn.Module) -> Tensor | None:
     return None if weight is None else rounded(weight)
 
 
-@lru_cache
-def _rounded_kind(kind: Callable[..., nn.Module]) -> Any:
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _rounded_kind(kind: type[nn.Module]) -> type[nn.Module]:
     """``kind`` with a ``weight`` that reads as rounded; the parameter behind it stays the master."""
-    return type(f"Rounded{kind.__name__}", (kind,), {"weight": property(_rounded_weight)})
+    if kind not in _KINDS:
+        _KINDS[kind] = type(f"Rounded{kind.__name__}", (kind,), {"weight": property(_rounded_weight)})
+    return _KINDS[kind]
 
 
 def act_rounded(module: nn.Module) -> None:

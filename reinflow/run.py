@@ -85,7 +85,7 @@ def set_aside(run_dir: Path, iteration: int) -> Path | None:
         return None
     files = [path for name in (METRICS_FILE, FINDINGS_FILE) if (path := run_dir / name).exists()]
     ahead = [path for path in files if any(row["progress/iteration"] > iteration for row in read_lines(path))]
-    folder = run_dir / "set_aside" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = run_dir / "set_aside" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     folder.mkdir(parents=True)
     for path in ahead:
         shutil.copy2(path, folder / path.name)
@@ -173,8 +173,8 @@ class Run:
             ConfigError: the directory holds a run already.
         """
         refuse_existing_run(self.run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         room = self.describe_room()
+        (self.run_dir / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(self.run_dir)
         for leftover in (METRICS_FILE, FINDINGS_FILE):  # of a start that never came to a checkpoint
             (self.run_dir / leftover).unlink(missing_ok=True)
@@ -375,6 +375,7 @@ class Run:
             self.log()
             self.save()
             checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
+            checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)  # the former best, if it is old
 
     def save_if_due(self) -> None:
         """A checkpoint every ``save_interval`` episodes."""
@@ -401,7 +402,7 @@ class Run:
             refuse_not_finite(tensors["policy"].items(), f"the policy after iteration {self.iteration}")
         except CheckpointError as error:
             raise CheckpointError(f"nothing was saved: {error}, with smaller steps: {self.resume_command}") from error
-        checkpoint.save_checkpoint(self.run_dir, self.iteration, self._write_policy, tensors, state)
+        checkpoint.save_checkpoint(self.run_dir, self.iteration, self._write_policy, tensors, state, make_root=False)
         checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)
         self._saved_at = self.episodes
 

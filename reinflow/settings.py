@@ -32,14 +32,18 @@ class Range:
     low: float
     high: float
     low_included: bool = True
+    or_zero: bool = False  # which leaves it to something else
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is one of them."""
-        return (value >= self.low if self.low_included else value > self.low) and value <= self.high
+        above = value >= self.low if self.low_included else value > self.low
+        return (above and value <= self.high) or (self.or_zero and value == 0)
 
     def __str__(self) -> str:
         if not self.low_included and self.low == 0:
             return f"be positive and at most {self.high:,.12g}"
+        if self.or_zero:
+            return f"be 0, or at least {self.low:,.12g} and at most {self.high:,.12g}"
         low = "not be negative and be" if self.low == 0 else f"be at least {self.low:,.12g} and"
         return f"{low} at most {self.high:,.12g}"
 

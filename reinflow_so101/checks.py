@@ -31,6 +31,12 @@ def check_config(config: FlatConfig) -> None:
 
 
 def _environment(c: FlatConfig) -> Iterator[str]:
+    if c.control_hz and c.steps_per_action != type(c).steps_per_action:
+        yield f"steps_per_action={c.steps_per_action} is not read with control_hz={c.control_hz:g}: drop one"
+    if c.calibration and c.joint_frame not in ("auto", "lerobot_m100_100"):
+        yield f"calibration={c.calibration} is not read with joint_frame={c.joint_frame}: drop one"
+    if c.image_size == 0:
+        return  # the policy will say
     try:
         c.env()
     except ConfigError as error:
@@ -53,15 +59,18 @@ def _contradictions(c: FlatConfig) -> Iterator[str]:
             "policy_optimizer=natural, which takes one step of measured length a rollout: set num_ppo_epochs=1 and "
             "drop undo_overshoot"
         )
-    if c.n_action_steps > c.chunk_size:
+
+
+def _sizes(c: FlatConfig) -> Iterator[str]:
+    if c.n_action_steps > c.chunk_size > 0:
         yield f"n_action_steps={c.n_action_steps} exceeds chunk_size={c.chunk_size}: execute at most the whole chunk"
-    if c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:
+    if c.chunks_per_episode and c.n_action_steps and c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:
         yield (
             f"chunks_per_episode={c.chunks_per_episode} x n_action_steps={c.n_action_steps} is not "
             f"max_steps_per_episode={c.max_steps_per_episode}: change one of them"
         )
     batch = c.minibatch_size * c.gradient_accumulation_steps
-    if batch > c.decisions_per_iteration:
+    if batch > c.decisions_per_iteration > 0:
         yield (
             f"gradient_accumulation_steps={c.gradient_accumulation_steps} x minibatch_size={c.minibatch_size} needs "
             f"{batch} decisions, a rollout has {c.decisions_per_iteration}: raise episodes_per_iteration or lower one"
@@ -110,7 +119,7 @@ def _models(c: FlatConfig) -> Iterator[str]:
         yield "train_action_head, train_time_mlp, train_full_expert and train_noise_head are all off: nothing to train"
     if c.noise_basis == "white" and c.noise_last_step_only and c.num_denoising_steps == 1:
         yield "noise_last_step_only changes nothing with num_denoising_steps=1: drop it"
-    if c.noise_basis == "dct" and c.num_noise_coefficients > c.n_action_steps:
+    if c.noise_basis == "dct" and c.num_noise_coefficients > c.n_action_steps > 0:
         yield (
             f"num_noise_coefficients={c.num_noise_coefficients} exceeds n_action_steps={c.n_action_steps}: "
             "a chunk has no more cosines than steps"
@@ -135,7 +144,7 @@ def _flow_mlp(c: FlatConfig) -> Iterator[str]:
             f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "
             "--preset flow_mlp and name the policy by flow_mlp_pretrained_path"
         )
-    if c.n_action_steps != c.chunk_size:
+    if c.n_action_steps != c.chunk_size and c.n_action_steps and c.chunk_size:
         yield (
             f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: a flow_mlp's layers are as wide as "
             "its chunk, it executes all that it predicts; make one of that width with reinflow-sft-mlp --chunk-size"
@@ -161,7 +170,7 @@ def _pi0(c: FlatConfig) -> Iterator[str]:
             f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=pi0 does not read: name the policy "
             "by pi0_pretrained_path"
         )
-    if c.n_action_steps != c.chunk_size:
+    if c.n_action_steps != c.chunk_size and c.n_action_steps and c.chunk_size:
         yield (
             f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: Pi0's action tokens see each other "
             "in both directions, so it executes all that it predicts; make them equal"
@@ -170,4 +179,4 @@ def _pi0(c: FlatConfig) -> Iterator[str]:
         yield f"peft_rank={c.peft_rank} adapts the expert, which train_full_expert=False freezes: set one of them"
 
 
-CHECKS = (_contradictions, _environment, _credit, _seeds, _models, _flow_mlp, _pi0)
+CHECKS = (_contradictions, _sizes, _environment, _credit, _seeds, _models, _flow_mlp, _pi0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinflow import ConfigError, UserError
-from reinflow.settings import check_same_settings, config_to_json, read_config, refuse_existing_run
+from reinflow.settings import check_same_settings, config_to_json, cut, read_config, refuse_existing_run
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import (
     CHANGEABLE_ON_RESUME,
@@ -18,6 +19,8 @@ from reinflow_so101.command_line import (
     pick_device,
     this_command,
 )
+from reinflow_so101.door import DoorSettings, Entrance, enter
+from reinflow_vla.directory import CONFIG_FILE, read_json
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
     from reinflow.policy import FlowPolicy
@@ -26,20 +29,21 @@ if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
 
 def open_run(config: FlatConfig) -> tuple[FlatConfig, Run]:
     """A new run in its own directory, or with ``config.resume`` the saved one; and its settings as they came out."""
-    config, run_dir, chosen = _prepare(config)
+    config, start = _prepare(config)
+    run_dir = Path(config.output_dir)
     if not (config.resume or config.output_dir):
         stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
         run_dir = fresh_directory(f"outputs/train/{stamp}_{config.preset}")
-    config, run = make_run(config, run_dir, chosen)
-    return config, run.resume(chosen) if config.resume else run.start()
+    config, run = make_run(config, run_dir, start)
+    return config, run.resume(start.checkpoint) if config.resume else run.start()
 
 
 def check_start(config: FlatConfig) -> None:
     """Everything up to the first step of a training, without a trace: policy, scene, first images, room on the disk."""
     from reinflow.rollout import RolloutState
 
-    config, run_dir, chosen = _prepare(config)
-    config, run = make_run(config, run_dir, chosen)
+    config, start = _prepare(config)
+    config, run = make_run(config, Path(config.output_dir), start)
     try:
         RolloutState.start(run.policy, run.env, run.seeds)
         print(run.describe_room())
@@ -48,12 +52,21 @@ def check_start(config: FlatConfig) -> None:
     print("check passed: everything up to the first step works; nothing was written")
 
 
-def _prepare(config: FlatConfig) -> tuple[FlatConfig, Path, Path | None]:
-    """The config as it will be used, its directory, the checkpoint to resume: what needs no policy to be refused."""
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: the policy's directory, its weights' sha256, and the checkpoint that is resumed."""
+
+    policy: Path
+    weights: str = ""
+    checkpoint: Path | None = None
+
+
+def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
+    """The config as it will be used, and what the run starts from: what needs no weights to be refused."""
     from reinflow.checkpoint import resolve_checkpoint
     from so101_sim.scene import check_scene
 
-    run_dir, chosen = Path(config.output_dir), None
+    chosen, run_dir = None, Path(config.output_dir)
     if config.resume:
         check_same_settings(config_to_json(config), read_config(run_dir), CHANGEABLE_ON_RESUME)
         chosen = resolve_checkpoint(named_checkpoint(config.checkpoint_path) or run_dir)
@@ -64,23 +77,63 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Path, Path | None]:
 
         config, changes = auto_scale(config)
         print(changes)
+    if config.image_size:
+        check_scene(config.env())
+    start = _start_policy(config, chosen)
+    config = settle(config, start.policy)
     check_scene(config.env())
-    return config, run_dir, chosen
+    return config, start
 
 
-def make_run(config: FlatConfig, run_dir: Path, resumed: Path | None = None) -> tuple[FlatConfig, Run]:
+def settle(config: FlatConfig, directory: Path) -> FlatConfig:
+    """Fields that are left to the policy, as it says; how it fits is printed, what does not fit a ConfigError."""
+    stored = read_json(directory / CONFIG_FILE)
+    if config.model_type == "flow_mlp":
+        entrance = Entrance(
+            directory, chunk_size=stored.get("chunk_size", 0), n_action_steps=stored.get("chunk_size", 0)
+        )
+        entrance.num_denoising_steps = stored.get("num_denoising_steps", 1)
+    else:
+        entrance = enter(directory, cut(config, DoorSettings), config.cameras)
+    if entrance.problems:
+        raise ConfigError("; ".join(entrance.problems))
+    chunk, executed = config.chunk_size or entrance.chunk_size, config.n_action_steps or entrance.n_action_steps
+    if chunk != entrance.chunk_size and chunk == type(config).chunk_size:  # the default, which is one policy's
+        entrance.lines.append(f"chunk_size {entrance.chunk_size}, as the policy predicts")
+        chunk = entrance.chunk_size
+    executed = min(executed, chunk)
+    number, limit = config.chunks_per_episode, config.max_steps_per_episode
+    if number * executed != limit:
+        number = math.ceil(limit / executed)
+        entrance.lines.append(f"{number} chunks of {executed} an episode: {number * executed} control steps")
+    steps = config.num_denoising_steps or entrance.num_denoising_steps
+    for name, ours, theirs in (
+        ("n_action_steps", executed, entrance.n_action_steps), ("denoising steps", steps, entrance.num_denoising_steps)
+    ):  # fmt: skip
+        if ours != theirs:
+            entrance.lines.append(f"{name}: {ours} here and in the export, the policy stores {theirs} (0 takes that)")
+    for line in entrance.lines:
+        print(f"  {line}")
+    return replace(
+        config, chunk_size=chunk, n_action_steps=executed, chunks_per_episode=number, num_denoising_steps=steps,
+        max_steps_per_episode=number * executed, image_size=config.image_size or max(entrance.image_size, 8),
+    )  # fmt: skip
+
+
+def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> tuple[FlatConfig, Run]:
     """Policy, learner and environments of ``config``, not started yet; and its settings as they came out.
 
     Args:
         config: of the training.
         run_dir: of the run.
-        resumed: the checkpoint to go on from, which holds a policy too, should the one to start from be gone.
+        start: what it starts from; None is the policy that ``config`` names.
     """
     import torch
 
     from reinflow.learner import PPOLearner
     from reinflow.run import Run
     from reinflow_so101.doctor_rules import RULES
+    from reinflow_so101.manifest import manifest
     from reinflow_so101.policies import build_policy
     from reinflow_so101.policy_card import policy_card
     from so101_sim.vector.make import make_vector_env
@@ -88,8 +141,9 @@ def make_run(config: FlatConfig, run_dir: Path, resumed: Path | None = None) -> 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = pick_device(config.device, or_any=config.resume)
-    start, weights = _start_policy(config, resumed)
-    wanted = replace(config.policy(), policy_path=str(start))
+    wanted = replace(config.policy(), policy_path=str(start.policy)) if start else config.policy()
+    if start and start.checkpoint and start.policy.parent == start.checkpoint:  # already in the environment's terms
+        wanted = replace(wanted, **asdict(DoorSettings()))
     policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
     config = replace(config, **policy.settled())
     learner = PPOLearner(policy, config.chain(), config.learner(), config.seed)
@@ -97,18 +151,19 @@ def make_run(config: FlatConfig, run_dir: Path, resumed: Path | None = None) -> 
         config.env(), config.num_parallel_envs, "subproc" if config.use_subproc_env else "auto", viewer=config.render
     )
     cores = min(env.num_envs, os.cpu_count() or 1)
+    print(manifest(policy, config))
     print(f"policy on {device}, {torch.get_num_threads()} torch threads; {env.num_envs} environments on {cores} cores")
     run = Run(
         run_dir, policy, env, learner, config.run(), config_to_json(config),
-        rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=policy_card(config.env()), start_weights=weights,
+        rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=policy_card(config.env()),
+        start_weights=start.weights if start else "",
         resume_command=f"{this_command('reinflow-train')} --resume --output-dir {run_dir}",
     )  # fmt: skip
     return config, run
 
 
-def _start_policy(config: FlatConfig, resumed: Path | None) -> tuple[Path, str]:
-    """Directory of the policy to start from, and its weights' sha256. A resumed run whose start policy is gone or was
-    changed goes on from the copy in its checkpoint.
+def _start_policy(config: FlatConfig, resumed: Path | None) -> Start:
+    """The policy to start from. A resumed run whose own is gone or was changed goes on from its checkpoint's copy.
 
     Raises:
         ConfigError: it is gone, and the checkpoint's copy cannot stand for it.
@@ -116,12 +171,12 @@ def _start_policy(config: FlatConfig, resumed: Path | None) -> tuple[Path, str]:
     from reinflow.checkpoint import PRETRAINED, stored_value
     from reinflow.checksums import sha256
     from reinflow_so101.policies import FAMILIES
-    from reinflow_vla.directory import WEIGHTS_FILE
+    from reinflow_vla.directory import weights_file
 
     stored = str(stored_value(resumed, "start_weights") or "") if resumed else ""
     try:
         directory = FAMILIES[config.model_type].directory(config.policy_path)
-        found = sha256(directory / WEIGHTS_FILE)
+        found = sha256(weights_file(directory))
     except (UserError, OSError) as error:
         if resumed is None or not stored:
             if isinstance(error, UserError):
@@ -129,7 +184,7 @@ def _start_policy(config: FlatConfig, resumed: Path | None) -> tuple[Path, str]:
             raise ConfigError(f"{config.policy_path} holds no policy ({error}): name its directory") from error
         found = "not there"
     if not stored or found == stored:
-        return directory, found
+        return Start(directory, found, resumed)
     if resumed is None or config.peft_rank or config.anchor_coeff:
         raise ConfigError(
             f"the policy that the run started from is gone from {config.policy_path}, or was changed; with peft_rank "
@@ -137,7 +192,7 @@ def _start_policy(config: FlatConfig, resumed: Path | None) -> tuple[Path, str]:
         )
     copy = resumed / PRETRAINED
     print(f"{config.policy_path} is gone or was changed: going on from the checkpoint's own copy {copy}")
-    return copy, stored
+    return Start(copy, stored, resumed)
 
 
 def make_policy(config: FlatConfig, device: str = "cpu") -> FlowPolicy:

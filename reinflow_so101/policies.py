@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reinflow import ConfigError
 from reinflow.settings import cut
-from reinflow_vla.directory import ACTION, CONFIG_FILE, OBS_IMAGES_PREFIX, OBS_STATE, locate_policy, read_json
-from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, model_dir
+from reinflow_so101.door import DoorSettings, adapted, enter
+from reinflow_vla.directory import CONFIG_FILE, locate_policy, read_json
+from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
@@ -44,6 +46,10 @@ class PolicySettings:
     pi0_vlm_dtype: str
     pi0_gradient_checkpointing: bool
     peft_rank: int
+    rename_map: str = ""
+    normalization: str = "auto"
+    joint_frame: str = "auto"
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,9 @@ class ActingSettings:
     num_denoising_steps: int = 0
     n_action_steps: int = 0
     tokenizer: str = ""
+    door: DoorSettings = field(default_factory=DoorSettings)
+    cameras: tuple[str, ...] = ()  # of the environment; without them the policy is taken as it is
+    frame: str = "lerobot"  # the environment's joint units
 
 
 @dataclass(frozen=True)
@@ -163,10 +172,11 @@ def _build_vla(
 ) -> FlowPolicy:
     from so101_sim.vector.base import blank_observation
 
-    _check_features(path, env)
     if settings.compile_expert:
         _check_compiler(device)
-    policy = adapter().from_pretrained(path, device, **vla_settings(settings), **options)
+    entrance = enter(path, cut(settings, DoorSettings), env.cameras, env.joint_frame)
+    with adapted(entrance) as folder:
+        policy = adapter().from_pretrained(folder, device, **vla_settings(settings), **options)
     if settings.compile_expert:
         policy.compile_expert()
     plan = policy.plan_prefix_cache(
@@ -174,27 +184,6 @@ def _build_vla(
     )  # fmt: skip
     print(plan.describe(decisions))
     return policy
-
-
-def _check_features(directory: Path, env: EnvConfig) -> None:
-    """Refuse a policy for another robot or other cameras before its weights are read."""
-    stored = read_json(directory / CONFIG_FILE)
-    features = stored.get("input_features", {}) | stored.get("output_features", {})
-    for name in (ACTION, OBS_STATE):
-        shape = features.get(name, {}).get("shape")
-        if shape != [NUM_JOINTS]:
-            raise ConfigError(
-                f"{directory} has {name} of shape {shape}, the SO-101 needs [{NUM_JOINTS}]: fine-tune the policy on "
-                "SO-101 data first (lerobot-train)"
-            )
-    images = (name.removeprefix(OBS_IMAGES_PREFIX) for name in features if name.startswith(OBS_IMAGES_PREFIX))
-    eyes = [name for name in images if not name.startswith("empty_camera_")]  # the library fills those in
-    absent = [name for name in eyes if name not in env.cameras]
-    if absent:
-        raise ConfigError(
-            f"cameras={' '.join(env.cameras)} lacks {' '.join(absent)}, which {directory} looks through: add them "
-            "to cameras if the scene has them, or fine-tune the policy with the scene's camera names"
-        )
 
 
 def _check_compiler(device: str) -> None:
@@ -221,9 +210,21 @@ def _load_pi0(path: Path, acting: ActingSettings) -> FlowPolicy:
 def _load_vla(
     adapter: Callable[[], type[ReinFlowVLA]], options: dict[str, Any], path: Path, acting: ActingSettings
 ) -> FlowPolicy:
+    family, stored = adapter(), read_json(path / CONFIG_FILE)
+    with ExitStack() as stack:
+        if acting.cameras:
+            entrance = enter(path, acting.door, acting.cameras, acting.frame)
+            path = stack.enter_context(adapted(entrance))
+            for line in entrance.lines:
+                print(line)
+        return _load_to_act(family, path, stored, options, acting)
+
+
+def _load_to_act(
+    family: type[ReinFlowVLA], path: Path, stored: Mapping[str, Any], options: dict[str, Any], acting: ActingSettings
+) -> FlowPolicy:
     from reinflow_vla.base import TrainableGroups
 
-    family, stored = adapter(), read_json(path / CONFIG_FILE)
     return family.from_pretrained(
         path, acting.device,
         num_denoising_steps=acting.num_denoising_steps or stored[family.num_steps_field],

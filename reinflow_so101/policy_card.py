@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reinflow_vla.adaptation import features_of, known_cameras
 from reinflow_vla.directory import CONFIG_FILE, OBS_IMAGES_PREFIX, read_json
+from so101_mujoco_utils import CAMERA_NAMES
 from so101_sim.config import EnvConfig
 
 CARD_FILE = "reinflow.json"
@@ -34,8 +36,10 @@ def stored_env(policy_dir: Path) -> EnvConfig:
         known = {f.name for f in dataclasses.fields(EnvConfig)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
         return EnvConfig(**values)
-    features = read_json(policy_dir / CONFIG_FILE).get("input_features", {})
-    images = {k.removeprefix(OBS_IMAGES_PREFIX): f["shape"] for k, f in features.items() if f.get("type") == "VISUAL"}
-    if not images:
+    if read_json(policy_dir / CONFIG_FILE).get("type") == "flow_mlp":
         return EnvConfig(render_images=False, environment_state=True)
-    return EnvConfig(cameras=tuple(images), image_size=next(iter(images.values()))[-1])
+    features, (cameras, _) = features_of(policy_dir), known_cameras(policy_dir)
+    if not cameras:
+        return EnvConfig(render_images=False, environment_state=True)
+    size = int(features[OBS_IMAGES_PREFIX + cameras[0]].get("shape", [3, 256, 256])[1])
+    return EnvConfig(cameras=tuple(cameras) if set(cameras) <= set(CAMERA_NAMES) else CAMERA_NAMES, image_size=size)

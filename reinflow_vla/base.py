@@ -115,6 +115,8 @@ class ReinFlowVLA(FlowPolicy):
             PolicyError: n_action_steps does not fit the policy's chunk.
         """
         super().__init__()
+        # A convolution in TF32 rounds by the layout of its images: an encoding must not depend on who asks for it.
+        torch.backends.cudnn.allow_tf32 = False
         self.check_n_action_steps(n_action_steps, policy.config.chunk_size)
         self.vla, self.preprocessor, self.postprocessor = policy.eval(), preprocessor, postprocessor
         config = policy.config
@@ -125,7 +127,9 @@ class ReinFlowVLA(FlowPolicy):
         self.action_dim, self.padded_action_dim = config.action_feature.shape[0], config.max_action_dim
         # What plain LeRobot holds in bf16 acts as that, over fp32 masters; what learns is fp32, and so is all that is
         # computed with it: a sum in bf16 depends on the batch, and the ratio on it.
-        narrow = {name for name, p in policy.named_parameters() if p.dtype == torch.bfloat16}
+        narrow = getattr(policy, "narrow", None)
+        if narrow is None:
+            narrow = {name for name, p in policy.named_parameters() if p.dtype == torch.bfloat16}
         self.expert().float()
         head = policy.model.action_out_proj
         device = head.weight.device
@@ -138,7 +142,7 @@ class ReinFlowVLA(FlowPolicy):
         self._expert_features: Tensor | None = None
         head.register_forward_pre_hook(self._keep_expert_features)
         self._trainable = self._freeze_all_but(groups)
-        self.rounded = self._act_rounded(narrow)
+        self._rounded = self._act_rounded(narrow)
         self.eval()  # acting and updating see the same modules
 
     # --- What a family supplies -------------------------------------------------------------------------------------
@@ -223,6 +227,13 @@ class ReinFlowVLA(FlowPolicy):
                 act_rounded(module)
                 found += learns
         return found
+
+    @property
+    def rounded(self) -> list[nn.Parameter]:
+        return self._rounded
+
+    def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
+        return self._trainable
 
     @contextmanager
     def as_exported(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinflow_vla.soundness import PolicyDirectoryError, check_sound, reading
+from reinflow_vla.soundness import PolicyDirectoryError, check_sound, check_tokens, reading
 from reinflow_vla.trust import check_data_only, check_steps, no_remote_code
 
 if TYPE_CHECKING:  # heavy imports stay inside the functions: --help must be fast
@@ -35,7 +35,14 @@ STATISTICS = {  # by LeRobot's normalisation mode
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's, instead of the weights
 POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+
+
+def weights_file(directory: Path) -> Path:
+    """The weights of a policy directory: its own, or an adapter's over a base."""
+    whole = directory / WEIGHTS_FILE
+    return whole if whole.is_file() or not (directory / ADAPTER_FILE).is_file() else directory / ADAPTER_FILE
 
 
 def refuse_existing(directory: Path) -> None:
@@ -61,7 +68,15 @@ def locate_policy(reference: str | Path) -> Path:
     directory = Path(reference)
     if not directory.is_dir():
         directory = download_policy(str(reference))
-    missing = [name for name in POLICY_FILES if not (directory / name).is_file()]
+    adapter = (directory / ADAPTER_FILE).is_file() and (directory / ADAPTER_CONFIG).is_file()
+    missing = [
+        name for name in POLICY_FILES if not (directory / name).is_file() and not (adapter and name == WEIGHTS_FILE)
+    ]
+    if PREPROCESSOR_FILE in missing and not {CONFIG_FILE, WEIGHTS_FILE} & set(missing):
+        raise PolicyDirectoryError(
+            f"{directory} lacks {', '.join(missing)}: it is of a LeRobot before processors. Migrate it: python -m "
+            f"lerobot.processor.migrate_policy_normalization --pretrained-path {reference}"
+        )
     if missing:
         raise PolicyDirectoryError(
             f"{directory} lacks {', '.join(missing)}: a policy directory as LeRobot's save_pretrained writes it "
@@ -87,6 +102,7 @@ def check_trusted(directory: Path) -> None:
 
 def download_policy(repo_id: str) -> Path:
     """Local snapshot of a hub repository; raises PolicyDirectoryError with the remedy."""
+    repo_id, _, revision = repo_id.partition("@")
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise PolicyDirectoryError(f"{repo_id}: no such directory, and not a hub repository of the form owner/name")
     from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -98,7 +114,7 @@ def download_policy(repo_id: str) -> Path:
             f"the path; for the repository run `hf download {repo_id}` before, or start from another folder"
         )
     try:
-        return Path(snapshot_download(repo_id))
+        return Path(snapshot_download(repo_id, revision=revision or None))
     except Exception as error:  # the hub client raises many types; all of them mean: not to be had
         raise PolicyDirectoryError(
             f"{repo_id} is no local directory and could not be taken from the Hugging Face hub or its cache "
@@ -131,9 +147,11 @@ def resolve_folder(directory: Path, reference: str) -> str:
     inside = directory / reference  # an absolute reference stays what it is
     if inside.is_dir():
         check_data_only(inside)
+        check_tokens(inside)
         return str(inside.resolve())
     if Path(reference).is_dir():
         check_data_only(Path(reference))
+        check_tokens(Path(reference))
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     if looks_local and not Path(reference).is_dir():
         raise PolicyDirectoryError(
@@ -141,6 +159,18 @@ def resolve_folder(directory: Path, reference: str) -> str:
             "exist: put that folder into the policy directory and write its relative path, such as './vlm'"
         )
     return reference
+
+
+def require_cached(repo_id: str, directory: Path, reference: str) -> None:
+    """Raise PolicyDirectoryError if a hub repository is asked for offline and its configuration is not there."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(repo_id, CONFIG_FILE), str):
+        raise PolicyDirectoryError(
+            f"{directory} takes configuration and tokenizer of its language model from the hub's {repo_id}, not "
+            f'in the cache: once, with HF_HUB_OFFLINE unset, run `hf download {repo_id} --exclude "*.safetensors"` or '
+            f"put those files into {directory / reference}, with {reference!r} as vlm_model_name and tokenizer_name"
+        )
 
 
 def stored_tokenizer(directory: Path) -> str:
@@ -196,7 +226,7 @@ def read_policy_config(directory: Path, device: str) -> PreTrainedConfig:
             "does not know and which may change what the policy computes: update LeRobot, or remove the field if not"
         )
     if unknown:
-        print(f"{file}: {', '.join(sorted(unknown))} is unknown to this LeRobot and of no consequence here: ignored")
+        print(f"{CONFIG_FILE}: {', '.join(sorted(unknown))} is unknown to this LeRobot, of no consequence: ignored")
     with TemporaryDirectory() as folder, reading(directory):
         write_json(Path(folder) / CONFIG_FILE, {name: content[name] for name in content if name in known})
         return PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--device={device}"])

@@ -173,9 +173,14 @@ def policy_class(kind: str) -> type[PreTrainedPolicy]:
 
 def build_model(config: PreTrainedConfig, sizes: Pi0Sizes | None) -> PreTrainedPolicy:
     """A Pi0 or Pi0.5 with random weights, in eval mode; the action expert is fp32 whatever ``config.dtype`` says."""
+    import torch
+
     with reduced_sizes(sizes), quiet():
         policy = policy_class(config.type)(config)
     # Before any weight is loaded: through bf16 parameters an expert that was trained in fp32 would be rounded.
+    expert = "model.paligemma_with_expert.gemma_expert.model."
+    dtypes = {name: p.dtype for name, p in policy.named_parameters() if name.startswith(expert)}
+    policy.narrow = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}  # what plain LeRobot rounds
     policy.model.paligemma_with_expert.gemma_expert.model.float()
     policy.reduced_sizes = sizes
     return policy.eval()

@@ -18,6 +18,7 @@ from reinflow_vla.directory import (
     quiet,
     read_json,
     read_policy_config,
+    require_cached,
     resolve_folder,
     save_policy,
     store_tokenizer,
@@ -67,6 +68,8 @@ def load_smolvla(
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
     vlm, weights = Path(config.vlm_model_name) / CONFIG_FILE, directory / WEIGHTS_FILE
+    if not vlm.parent.is_dir():
+        require_cached(config.vlm_model_name, directory, VLM_REFERENCE)
     if vlm.is_file():
         check_sound(directory, {vlm: read_json(vlm)})
     with reading(directory), quiet(), no_remote_code():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,34 @@ def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(value, f"{path.split('.', maxsplit=1)[0]}.{index}")
     elif isinstance(node, int | float) and not isinstance(node, bool):
         yield path, node
+
+
+LONGEST_TOKEN = 512  # characters; a tokenizer takes minutes over a special token of tens of thousands
+
+
+def check_tokens(folder: Path) -> None:
+    """Raise PolicyDirectoryError for a tokenizer's folder whose special tokens are absurdly long."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # whoever needs the file says what is wrong with it
+        special = content.get("added_tokens") if isinstance(content, dict) and name == "tokenizer.json" else content
+        if any(len(text) > LONGEST_TOKEN for text in _texts(special)):
+            raise PolicyDirectoryError(f"{folder / name} has a special token of over {LONGEST_TOKEN} letters: {REMEDY}")
+
+
+def _texts(node: Any, name: str = "") -> Iterator[str]:
+    """Strings of a JSON tree, keys included; a chat template is no token."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield key
+            yield from _texts(value, key)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value, name)
+    elif isinstance(node, str) and name != "chat_template":
+        yield node
 
 
 def stored_tensors(file: Path) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def test_a_compiler_that_does_not_work_is_named_before_training(small, monkeypat
         train(replace(small, compile_expert=True, policy_optimizer="adam"))
 
 
-@pytest.mark.parametrize(("features", "shape"), [("output_features", [7]), ("input_features", [32])])
+@pytest.mark.parametrize(("features", "shape"), [("output_features", [7]), ("input_features", [14])])
 def test_policy_of_another_robot_is_refused_before_its_weights_are_read(small, tmp_path, features, shape):
     directory = tmp_path / "policy"
     shutil.copytree(small.pretrained_path, directory)

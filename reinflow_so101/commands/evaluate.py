@@ -21,7 +21,9 @@ import tyro
 
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED
+from reinflow.settings import cut
 from reinflow_so101.command_line import flag_value, pick_device
+from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
 from reinflow_so101.policy_card import TASK_GROUP, stored_env
 from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
@@ -63,6 +65,14 @@ class EvalConfig:
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
     pi0_tokenizer_path: str = ""
     """Folder with PaliGemma's tokenizer, for a Pi0 whose stored tokenizer cannot be had."""
+    rename_map: str = ""
+    """Which camera of the scene is which of the policy's; this and the next three as in a training."""
+    normalization: str = "auto"
+    """Statistics of joints and actions: policy, the name of a data set, or dataset:PATH."""
+    joint_frame: Literal["auto", "lerobot", "lerobot_m100_100", "so100_legacy"] = "auto"
+    """Units of those statistics."""
+    calibration: str = ""
+    """LeRobot's calibration file of one's own arm, for lerobot_m100_100."""
     env: EnvConfig = field(default_factory=EnvConfig)
     """The environment; defaults come from reinflow.json beside the policy, if there is one."""
 
@@ -70,8 +80,9 @@ class EvalConfig:
     def acting(self) -> ActingSettings:
         """How the policy acts."""
         return ActingSettings(
-            pick_device(self.device), self.num_denoising_steps, self.n_action_steps, self.pi0_tokenizer_path
-        )
+            pick_device(self.device), self.num_denoising_steps, self.n_action_steps, self.pi0_tokenizer_path,
+            cut(self, DoorSettings), self.env.cameras, self.env.joint_frame,
+        )  # fmt: skip
 
 
 def check_config(config: EvalConfig) -> None:

@@ -1,0 +1,54 @@
+"""What a training is about to do, said before its first step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from reinflow_so101.checks import FlatConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from reinflow.policy import FlowPolicy
+
+DOCUMENTED = ("smolvla", "pi0")
+
+
+def manifest(policy: FlowPolicy, config: FlatConfig) -> str:
+    """Lines on what trains, what is frozen, what the export keeps, and on the task."""
+    groups = {name: group for name, group in policy.trainable_groups().items() if group}
+    learning = {id(p) for group in groups.values() for p in group}
+    frozen = [p for p in policy.parameters() if id(p) not in learning]
+    trains = "; ".join(f"{name} {_count(group)}" for name, group in groups.items())
+    lines = [
+        f"trains: {trains}; fp32, {config.policy_optimizer} (critic: adam)",
+        f"frozen: {_count(frozen)} {_kinds(frozen)}".rstrip(),
+    ]
+    if policy.rounded:
+        lines.append(
+            f"plain LeRobot holds {_count(policy.rounded)} of what trains in bf16: they act as that from here on, over "
+            "fp32 masters, so that it runs what is trained"
+        )
+    env = config.env()
+    lines += [
+        f"actions: {config.chunk_size} predicted, {config.n_action_steps} executed, {config.chunks_per_episode} times "
+        f"an episode, {env.control_hz or 50:g} a second; {config.num_denoising_steps} denoising steps, exported too",
+        f'task: "{config.instruction}", reward {config.reward_mode}, '
+        + ("block placed at random" if config.randomize_block else f"block at {config.block_pos}"),
+    ]
+    if config.preset in DOCUMENTED:
+        lines.append(
+            f"preset {config.preset}: the document's settings, kept as they are; nobody has shown them to learn with a "
+            "policy of this kind. --preset finetune has those that are measured here to learn"
+        )
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _count(parameters: list[nn.Parameter]) -> str:
+    return f"{sum(p.numel() for p in parameters):,} in {len(parameters)} tensors"
+
+
+def _kinds(parameters: list[nn.Parameter]) -> str:
+    kinds = Counter(str(p.dtype).removeprefix("torch.") for p in parameters)
+    return f"({', '.join(f'{number} {kind}' for kind, number in kinds.most_common())})" if kinds else ""

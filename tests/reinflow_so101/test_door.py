@@ -1,0 +1,296 @@
+"""Anyone's policy in, and out as what plain LeRobot runs: names, statistics, units, sizes, before a weight is read."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+
+from reinflow import ConfigError, UserError
+from reinflow.flow import ChainSpec
+from reinflow_so101.door import DoorSettings, adapted, enter
+from reinflow_so101.opening import make_run, settle
+from reinflow_so101.policies import FAMILIES, ActingSettings
+from reinflow_so101.policy_card import stored_env
+from reinflow_vla.base import lerobot_batch
+from reinflow_vla.directory import locate_policy
+from reinflow_vla.smolvla_directory import load_smolvla
+from so101_mujoco_utils import CAMERA_NAMES, FRAMES, m100_frame, model_dir
+from tests.foreign import add_camera, bf16_backbone, clone, convert_statistics, edit, rename_cameras
+from tests.hub import smolvla_base
+from train_reinflow import PRESETS, TrainingConfig, parse_args, train
+
+TWO = ("camera_up", "wrist_camera")
+IMAGES = "observation.images."
+SPEC = ChainSpec(1)
+RENAMED = {IMAGES + "camera_up": IMAGES + "front", IMAGES + "wrist_camera": IMAGES + "wrist"}
+OWN = load_arrays(model_dir() / "tiny_smolvla/policy_preprocessor_step_5_normalizer_processor.safetensors")
+
+
+def renamed(folder: Path) -> Path:
+    return rename_cameras(clone(folder), {"camera_up": "front", "wrist_camera": "wrist"})
+
+
+def actions(directory: Path, **settings) -> torch.Tensor:
+    """What a directory does at a start of the scene, through the door."""
+    from reinflow.rollout import act, encode
+    from so101_sim.vector.make import make_vector_env
+
+    env_config = replace(stored_env(model_dir() / "tiny_smolvla"), cameras=settings.pop("cameras", TWO))
+    policy = FAMILIES["smolvla"].load(
+        directory, ActingSettings(door=DoorSettings(**settings), cameras=env_config.cameras)
+    )  # fmt: skip
+    with make_vector_env(env_config, 2) as env:
+        context = encode(policy, env.reset([1, 2]))
+    return torch.as_tensor(act(policy, context, SPEC, [1, 2], [0, 0], explore=False)[1])
+
+
+def problems(directory: Path, cameras=TWO, **settings) -> str:
+    return "; ".join(enter(directory, DoorSettings(**settings), cameras).problems)
+
+
+# --- Cameras ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_camera_names_are_mapped_by_flag_by_a_stored_map_or_by_position(tmp_path):
+    expected = actions(clone(tmp_path / "own"))
+    by_flag = renamed(tmp_path / "flag")
+    said = problems(by_flag)
+    assert "lacks front wrist" in said and json.dumps(RENAMED) in said  # the map that mends it, ready to copy
+    assert torch.equal(actions(by_flag, rename_map=json.dumps(RENAMED)), expected)
+    stored = renamed(tmp_path / "stored")
+    edit(stored, "policy_preprocessor.json", lambda c: c["steps"][0]["config"].update(rename_map=RENAMED))
+    assert torch.equal(actions(stored), expected)
+    numbered = rename_cameras(clone(tmp_path / "numbered"), {"camera_up": "camera1", "wrist_camera": "camera2"})
+    assert torch.equal(actions(numbered), expected)
+    swapped = json.dumps({v: k for k, v in RENAMED.items()})
+    assert "rename_map leads to camera_up, wrist_camera, which" in problems(by_flag, rename_map=swapped)
+    with pytest.raises(ConfigError, match="is no JSON"):
+        problems(by_flag, rename_map="front=up")
+
+
+def test_cameras_that_were_only_declared_are_left_out_and_empty_ones_stay(tmp_path):
+    expected = actions(clone(tmp_path / "own"))
+    three = add_camera(clone(tmp_path / "three"), "camera3")
+    entrance = enter(three, DoorSettings(), TWO)
+    assert list(entrance.cameras) == list(TWO) and any("camera3" in line for line in entrance.lines)
+    assert torch.equal(actions(three), expected)
+    empty = add_camera(clone(tmp_path / "empty"), "empty_camera_0", (3, 480, 640))
+    edit(empty, "config.json", lambda c: c.update(empty_cameras=1))
+    assert stored_env(empty).cameras == TWO and stored_env(empty).image_size == 96
+    assert actions(empty).shape == expected.shape
+
+
+# --- Joints -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frame", [FRAMES["so100_legacy"], m100_frame()], ids=lambda frame: frame.name)
+def test_statistics_in_another_frame_are_folded_into_lerobots_degrees(tmp_path, frame):
+    directory = convert_statistics(clone(tmp_path / "policy"), frame)
+    entrance = enter(directory, DoorSettings(joint_frame=frame.name), TWO)
+    for feature, values in entrance.statistics.items():
+        for what, array in values.items():
+            np.testing.assert_allclose(array, OWN[f"{feature}.{what}"], rtol=1e-4, atol=1e-3)
+    close = actions(directory, joint_frame=frame.name) - actions(clone(tmp_path / "own"))
+    assert float(close.abs().max()) < 0.05  # degrees; float32 statistics
+
+
+def test_auto_takes_the_frame_that_fits_the_joint_limits_and_refuses_what_fits_none(tmp_path):
+    legacy = enter(convert_statistics(clone(tmp_path / "legacy"), FRAMES["so100_legacy"]), DoorSettings(), TWO)
+    assert any("joint frame so100_legacy: lerobot would put" in line for line in legacy.lines)
+    both = enter(convert_statistics(clone(tmp_path / "m100"), m100_frame()), DoorSettings(), TWO)
+    assert any("joint frame lerobot, the usual one; lerobot_m100_100 would fit too" in line for line in both.lines)
+    radians = clone(tmp_path / "wild")
+    for file in radians.glob("policy_*.safetensors"):
+        from safetensors.numpy import save_file
+
+        save_file({name: value * np.float32(5) for name, value in OWN.items()}, file)
+    assert "fit no joint frame" in problems(radians) and "--joint-frame" in problems(radians)
+    wrong = enter(legacy.source, DoorSettings(joint_frame="lerobot"), TWO)
+    assert any("so100_legacy would fit" in line for line in wrong.lines)
+
+
+def test_a_calibration_gives_the_ranges_of_ones_own_arm(tmp_path):
+    ranges = {name: {"range_min": 1000, "range_max": 3000} for name in ("shoulder_pan", "shoulder_lift", "elbow_flex")}
+    ranges |= {name: {"range_min": 1000, "range_max": 3000} for name in ("wrist_flex", "wrist_roll", "gripper")}
+    file = tmp_path / "arm.json"
+    file.write_text(json.dumps(ranges))
+    half = 1000 * 360 / 4096
+    frame = m100_frame((half, half, half, half, 180.0))
+    directory = convert_statistics(clone(tmp_path / "policy"), frame)
+    entrance = enter(directory, DoorSettings(joint_frame=frame.name, calibration=str(file)), TWO)
+    np.testing.assert_allclose(entrance.statistics["action"]["mean"], OWN["action.mean"], rtol=1e-4, atol=1e-3)
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="no calibration of an SO-101"):
+        enter(directory, DoorSettings(joint_frame=frame.name, calibration=str(file)), TWO)
+
+
+def test_statistics_by_data_set_by_dataset_folder_or_not_at_all(tmp_path):
+    base = smolvla_base(tmp_path / "home")
+    auto = enter(base, DoorSettings(), CAMERA_NAMES)
+    assert auto.problems == [] and any("so100, those of actions for the state too" in line for line in auto.lines)
+    legacy, degrees = FRAMES["so100_legacy"], FRAMES["lerobot"]
+    mean = load_arrays(base / "policy_preprocessor_step_5_normalizer_processor.safetensors")["so100.buffer.action.mean"]
+    np.testing.assert_allclose(
+        auto.statistics["observation.state"]["mean"], degrees.from_rad(legacy.to_rad(mean)), rtol=1e-5
+    )  # fmt: skip
+    red = enter(base, DoorSettings(normalization="so100-red"), CAMERA_NAMES)
+    assert not np.allclose(red.statistics["action"]["mean"], auto.statistics["action"]["mean"])
+    said = problems(base, CAMERA_NAMES, normalization="so100-green")
+    assert "so100, so100-red" in said and "--normalization dataset:PATH" in said
+    (tmp_path / "data/meta").mkdir(parents=True)
+    stats = {f: {w: OWN[f"{f}.{w}"].tolist() for w in ("mean", "std")} for f in ("observation.state", "action")}
+    (tmp_path / "data/meta/stats.json").write_text(json.dumps(stats))
+    mine = enter(base, DoorSettings(normalization=f"dataset:{tmp_path / 'data'}"), CAMERA_NAMES)
+    np.testing.assert_allclose(mine.statistics["action"]["mean"], OWN["action.mean"], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"has no meta/stats\.json"):
+        enter(base, DoorSettings(normalization="dataset:nowhere"), CAMERA_NAMES)
+
+
+# --- Features and sizes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["input_features"]["observation.state"].update(shape=[32]),
+    lambda c: c.update(input_features=None),
+    lambda c: c.update(brand_new_field=None, optimizer_of_tomorrow="x"),
+], ids=["padded state", "no input_features", "fields of a newer LeRobot"])  # fmt: skip
+def test_what_a_directory_says_too_much_or_not_at_all(tmp_path, change):
+    directory = clone(tmp_path / "policy")
+    edit(directory, "config.json", change)
+    assert torch.equal(actions(directory), actions(clone(tmp_path / "own")))
+
+
+def test_an_unknown_field_of_consequence_is_one_line_that_names_the_users_file(tmp_path):
+    directory = clone(tmp_path / "policy")
+    edit(directory, "config.json", lambda c: c.update(action_scale=2.0))
+    with pytest.raises(UserError, match=rf"{directory}/config.json has action_scale=2.0, which this LeRobot does not"):
+        actions(directory)
+
+
+def test_every_mismatch_is_in_one_error_before_a_weight_is_read(tmp_path):
+    directory = renamed(tmp_path / "policy")
+    for file in directory.glob("policy_*.safetensors"):
+        from safetensors.numpy import save_file
+
+        save_file({f"{group}.buffer.{name}": value for name, value in OWN.items() for group in ("mine", "his")}, file)
+    (directory / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ConfigError, match=r"--rename-map .*mine.*--normalization dataset:PATH") as error:
+        train(replace(PRESETS["tiny"], pretrained_path=str(directory), output_dir=str(tmp_path / "run")))
+    assert "never read" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_sizes_left_to_the_policy_and_what_never_changes_silently(tmp_path, capsys):
+    directory = clone(tmp_path / "policy")
+    edit(directory, "config.json", lambda c: c.update(chunk_size=30, n_action_steps=15, num_steps=4))
+    left = replace(PRESETS["finetune"], pretrained_path=str(directory), cameras=TWO)
+    config = settle(left, directory)
+    assert (config.chunk_size, config.n_action_steps, config.num_denoising_steps, config.image_size) == (30, 15, 4, 96)
+    assert (config.chunks_per_episode, config.max_steps_per_episode) == (10, 150)
+    given = settle(replace(PRESETS["tiny"], pretrained_path=str(directory)), directory)
+    assert (given.chunk_size, given.n_action_steps, given.chunks_per_episode) == (30, 30, 5)  # 50 is one policy's chunk
+    said = capsys.readouterr().out
+    assert "denoising steps: 1 here and in the export, the policy stores 4" in said
+    assert "n_action_steps: 30 here and in the export, the policy stores 15" in said
+
+
+def test_older_policies_missing_backbones_and_revisions_say_what_to_do(tmp_path, monkeypatch):
+    old = clone(tmp_path / "old")
+    for file in old.glob("policy_*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"migrate_policy_normalization --pretrained-path .*old"):
+        locate_policy(old)
+    hub = clone(tmp_path / "hub")
+    edit(hub, "config.json", lambda c: c.update(vlm_model_name="somebody/backbone"))
+    with pytest.raises(UserError, match="hf download somebody/backbone"):
+        load_smolvla(hub)
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, revision: asked.update({repo: revision}) or old
+    )
+    with pytest.raises(UserError):
+        locate_policy("somebody/policy@v2")
+    assert asked == {"somebody/policy": "v2"}
+
+
+# --- Out --------------------------------------------------------------------------------------------------------------
+
+
+def plain(directory: Path) -> SmolVLAPolicy:
+    """As plain LeRobot loads it; a moved backbone folder is named by its absolute path."""
+    config = PreTrainedConfig.from_pretrained(directory)
+    if (directory / "vlm").is_dir():
+        config.vlm_model_name = str(directory / "vlm")
+    return SmolVLAPolicy.from_pretrained(directory, config=config, strict=True).eval()
+
+
+def test_all_of_an_update_is_in_what_plain_lerobot_loads_in_bf16(tmp_path):
+    start = bf16_backbone(clone(tmp_path / "start"))
+    shutil.copy(model_dir() / "tiny_smolvla/reinflow.json", start)
+    config = replace(
+        parse_args(["--preset", "tiny", "--smoke"]), pretrained_path=str(start), output_dir=str(tmp_path / "run"),
+        report_episodes=0, wandb_enabled=False, num_threads=1, policy_optimizer="adam", policy_lr=1e-5,
+    )  # fmt: skip
+    train(config)
+    export = tmp_path / "run/checkpoints/last/pretrained_model"
+    theirs, ours = plain(export).state_dict(), load_file(export / "model.safetensors")
+    before = load_file(start / "model.safetensors")
+    changed = [name for name in ours if not torch.equal(ours[name].float(), before[name].float())]
+    assert len(changed) > 30
+    made, kept = (torch.cat([(w[n].float() - before[n].float()).flatten() for n in changed]) for w in (ours, theirs))
+    assert torch.equal(made, kept)
+    masters = load_file(tmp_path / "run/checkpoints/last/training_state/policy.safetensors")
+    name = next(name for name in masters if "lm_expert" in name and "q_proj" in name)
+    assert not torch.equal(masters[name], masters[name].bfloat16().float())  # small steps are not lost either
+
+
+def test_ours_and_plain_lerobots_actions_agree_in_fp32_and_bf16(tmp_path):
+    from reinflow.rollout import act, encode
+    from so101_sim.vector.make import make_vector_env
+
+    for directory, tolerance in ((clone(tmp_path / "fp32"), 1e-5), (bf16_backbone(clone(tmp_path / "bf16")), 0.1)):
+        policy, stock = FAMILIES["smolvla"].load(directory, ActingSettings()), plain(directory)
+        env_config = stored_env(model_dir() / "tiny_smolvla")
+        with make_vector_env(env_config, 20) as env:
+            observation = env.reset(list(range(20)))
+        sample, _ = act(policy, encode(policy, observation), SPEC, list(range(20)), [0] * 20, explore=False)
+        overrides = {"tokenizer_processor": {"tokenizer_name": str(directory / "vlm")}}
+        before, _ = make_pre_post_processors(stock.config, str(directory), preprocessor_overrides=overrides)
+        with torch.no_grad():
+            theirs = stock.predict_action_chunk(before(lerobot_batch(observation, TWO)), noise=sample.chain[:, 0])
+        difference = (theirs - sample.chain[:, -1, :, :6]).abs()  # the expert's sums are fp32 here, bf16 there
+        assert float(difference.max()) < tolerance and float(difference.mean()) < tolerance / 10
+
+
+def test_the_default_command_takes_smolvla_base_as_the_hub_ships_it(tmp_path, monkeypatch, capsys):
+    base = smolvla_base(tmp_path / "home", bf16=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    config = replace(TrainingConfig(), pretrained_path=str(base), wandb_enabled=False, image_size=96, device="cpu")
+    settled = settle(config, base)
+    said = capsys.readouterr().out
+    assert "cameras by their position: camera1 is camera_up, camera2 is wrist_camera, camera3 is camera_side" in said
+    assert "joint frame so100_legacy" in said and "the policy stores 10" in said
+    assert (settled.num_denoising_steps, settled.chunk_size) == (1, 50)
+    with adapted(enter(base, DoorSettings(), settled.cameras)) as folder:
+        stored = json.loads((folder / "config.json").read_text())
+        assert [name.removeprefix(IMAGES) for name in stored["input_features"] if IMAGES in name] == [*CAMERA_NAMES]
+        assert os.readlink(folder / "model.safetensors") == str((base / "model.safetensors").resolve())
+
+
+def test_the_manifest_says_what_trains_and_what_is_frozen(tmp_path, capsys):
+    directory = bf16_backbone(clone(tmp_path / "policy"))
+    config = replace(PRESETS["tiny"], pretrained_path=str(directory), num_parallel_envs=2)
+    _, run = make_run(config, tmp_path / "run")
+    run.env.close()
+    said = capsys.readouterr().out
+    assert "trains: action_head 2,336 in 2 tensors" in said and "bfloat16)" in said
+    assert "plain LeRobot holds" in said and "1 denoising steps, exported too" in said
