@@ -157,6 +157,9 @@ class TrainingConfig:
     """Weight of the squared distance to the starting policy's denoising steps, on the rollout's own noise; 0 is off."""
     grad_clip_norm: Annotated[float, POSITIVE] = 0.25
     """Largest gradient norm, policy and critic each."""
+    rescore_log_probs: bool = False
+    """Score a rollout's actions again by the update's own minibatches instead of taking the log-probs of acting: the
+    remedy where bf16 or TF32 rounds by the shape of a batch. Costs a pass over the rollout."""
     lr_warmup_iterations: Annotated[int, NOT_NEGATIVE] = 10
     """Iterations over which policy_lr rises linearly."""
     lr_decay_ratio: Annotated[float, FRACTION] = 1.0

@@ -101,8 +101,11 @@ def make_policy_optimizer(policy: FlowPolicy, settings: LearnerSettings) -> torc
 class PPOLearner:
     """Owns both optimisers and the return normaliser; ``update`` turns a rollout into new weights."""
 
-    def __init__(self, policy: FlowPolicy, spec: ChainSpec, settings: LearnerSettings, seed: int):
-        self.policy, self.spec, self.settings = policy, spec, settings
+    def __init__(
+        self, policy: FlowPolicy, spec: ChainSpec, settings: LearnerSettings, seed: int, rescore_log_probs: bool = False
+    ):
+        """With ``rescore_log_probs`` the rollout's log-probs are taken again, by the update's own minibatches."""
+        self.policy, self.spec, self.settings, self.rescore_log_probs = policy, spec, settings, rescore_log_probs
         narrow = [p for p in (*policy.policy_parameters(), *policy.critic_parameters()) if p.dtype != torch.float32]
         if narrow:
             raise ConfigError(f"{len(narrow)} tensors that learn are {narrow[0].dtype}: small steps would round away")
@@ -147,6 +150,8 @@ class PPOLearner:
         metrics = _advantage_metrics(buffer, advantages)
         normalized = self._normalize(advantages)
         metrics["critic/target_shift"] = (normalized.target - normalized.value).mean().item()
+        if self.rescore_log_probs:
+            self._rescore(data)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
             if self.starting_policy is not None:
@@ -224,14 +229,15 @@ class PPOLearner:
 
         With gradients, though none is taken: so it goes the way of the updates, through a compiled expert too.
         """
-        part = data[torch.arange(min(self.settings.minibatch_size, len(data)))]
+        size = min(self.settings.minibatch_size, len(data))
+        part = data[torch.linspace(0, len(data) - 1, size).long()]  # spread over the rollout
         new_log_prob = chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob.detach()
         error = (new_log_prob - part.log_prob).exp().sub(1).abs().max().item()
         if not error <= RATIO_TOLERANCE:
-            raise RatioGuardError(self._name_the_cause(error, new_log_prob, part.log_prob))
+            raise RatioGuardError(self._name_the_cause(error, new_log_prob, part))
         dims = part.log_prob.shape[1]
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
-        total = part.log_prob.sum(1).mean().item()
+        total = data.log_prob[:size].sum(1).mean().item()
         if self.spec.reduction == "mean":
             total *= (self.spec.num_denoising_steps + 1) * coordinates / len(self.spec.noisy_steps())
         return {
@@ -241,13 +247,26 @@ class PPOLearner:
             "logprob/coordinates": coordinates / dims,
         }
 
-    def _name_the_cause(self, error: float, new: Tensor, old: Tensor) -> str:
+    @torch.no_grad()
+    def _rescore(self, data: RolloutBatch) -> None:
+        """Old log-probs by the update's own minibatches: a sum in bf16 or TF32 rounds by the shape of its batch."""
+        parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
+        scores = [chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob for part in parts]
+        data.log_prob = torch.cat(scores)
+
+    def _name_the_cause(self, error: float, new: Tensor, part: RolloutBatch) -> str:
+        old = part.log_prob
         if not (torch.isfinite(new).all() and torch.isfinite(old).all()):
             cause = "a log-prob is not finite: the weights or observations hold NaN or infinity"
         elif (new.dtype, old.dtype) != (torch.float32, torch.float32):
             cause = f"log-probs are {old.dtype} when acting and {new.dtype} when updating; both must be float32"
         elif self.policy.training:
             cause = "the policy is in training mode (dropout?); it must be in eval mode for acting and updating"
+        elif narrow := _narrow_products(part.context):
+            cause = (
+                f"{narrow}, which round by the shape of their batch: add --rescore-log-probs, or set minibatch_size to "
+                "the number of environments"
+            )
         else:
             cause = (
                 "acting and updating do not see the same thing: weights or noise bounds changed after the rollout, "
@@ -389,6 +408,17 @@ class PPOLearner:
                 "gradients/critic_clipped": float(norm > s.grad_clip_norm),
             })  # fmt: skip
         return log.means()
+
+
+def _narrow_products(context: Context) -> str:
+    """What computes with less than fp32, in words; empty if nothing is known to."""
+    if any(tensor.is_cuda for tensor in context.values()):
+        if torch.get_float32_matmul_precision() != "highest":
+            return "matrix products are in TF32"
+        if torch.backends.cudnn.allow_tf32:
+            return "convolutions are in TF32"
+    narrow = sorted(name for name, tensor in context.items() if tensor.dtype in (torch.bfloat16, torch.float16))
+    return f"{', '.join(narrow)} of the prefix are in bf16" if narrow else ""
 
 
 def _advantage_metrics(buffer: RolloutBuffer, advantages: Advantages) -> dict[str, float]:

@@ -149,7 +149,26 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
         shown = {"render": False} if "--headless" in argv else {}
         return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
     start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
+    if start.preset == "finetune" and not file:  # type: ignore[attr-defined]
+        path = flag_value(argv, "--pretrained-path", "--pretrained_path")
+        start = dataclasses.replace(start, **_task_of(path, start))
     return dataclasses.replace(start, **(SMOKE if "--smoke" in argv else {}))
+
+
+def _task_of(policy_path: str, start: Any) -> dict[str, Any]:
+    """The settings of the environment that a policy was made for, where its directory says so (reinflow.json)."""
+    from reinflow_so101.policy_card import CARD_FILE, stored_env
+    from so101_mujoco_utils import model_dir
+
+    directory = model_dir() / "tiny_smolvla" if policy_path == "tiny" else Path(policy_path)
+    if not policy_path or not (directory / CARD_FILE).is_file():
+        print("the policy says of no task that it was made for: this one is the default; see --help for the flags")
+        return {}
+    env = stored_env(directory)
+    names = {f.name for f in dataclasses.fields(start)} - {"joint_frame", "model_path", "image_size"}
+    task = {f.name: getattr(env, f.name) for f in dataclasses.fields(env) if f.name in names}
+    print(f"task as {directory / CARD_FILE} has it; flags override it")
+    return task
 
 
 def this_command(script: str) -> str:

@@ -146,7 +146,7 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
         wanted = replace(wanted, **asdict(DoorSettings()))
     policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
     config = replace(config, **policy.settled())
-    learner = PPOLearner(policy, config.chain(), config.learner(), config.seed)
+    learner = PPOLearner(policy, config.chain(), config.learner(), config.seed, config.rescore_log_probs)
     env = make_vector_env(
         config.env(), config.num_parallel_envs, "subproc" if config.use_subproc_env else "auto", viewer=config.render
     )

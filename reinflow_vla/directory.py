@@ -161,6 +161,23 @@ def resolve_folder(directory: Path, reference: str) -> str:
     return reference
 
 
+def base_of_adapter(directory: Path) -> Path | None:
+    """The policy directory that a PEFT adapter directory builds on; None for one with weights of its own."""
+    if weights_file(directory).name != ADAPTER_FILE:
+        return None
+    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise PolicyDirectoryError(f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path: add the base")
+    return locate_policy(base)
+
+
+def merge_adapter(policy: PreTrainedPolicy, directory: Path) -> PreTrainedPolicy:
+    """``policy`` with the adapter in a PEFT directory folded into its weights."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(policy, directory).merge_and_unload()
+
+
 def require_cached(repo_id: str, directory: Path, reference: str) -> None:
     """Raise PolicyDirectoryError if a hub repository is asked for offline and its configuration is not there."""
     from huggingface_hub import constants, try_to_load_from_cache

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    base_of_adapter,
     load_processors,
     locate_policy,
+    merge_adapter,
     quiet,
     read_json,
     read_policy_config,
@@ -67,7 +69,8 @@ def load_smolvla(
     config.vlm_model_name = resolve_folder(directory, config.vlm_model_name)
     config.load_vlm_weights = False
     config.num_steps = config.num_steps if num_steps is None else num_steps
-    vlm, weights = Path(config.vlm_model_name) / CONFIG_FILE, directory / WEIGHTS_FILE
+    vlm, base = Path(config.vlm_model_name) / CONFIG_FILE, base_of_adapter(directory) or directory
+    weights = base / WEIGHTS_FILE
     if not vlm.parent.is_dir():
         require_cached(config.vlm_model_name, directory, VLM_REFERENCE)
     if vlm.is_file():
@@ -75,7 +78,11 @@ def load_smolvla(
     with reading(directory), quiet(), no_remote_code():
         with torch.device("meta"):  # before memory is taken for what a damaged configuration asks for
             check_tensors(weights, stored_tensors(weights), SmolVLAPolicy(config).state_dict())
-        policy = SmolVLAPolicy.from_pretrained(directory, config=config, strict=True)
+        policy = SmolVLAPolicy.from_pretrained(base, config=config, strict=True)
+        if base != directory:
+            policy = merge_adapter(policy, directory)
+    if base != directory:
+        print(f"the adapter in {directory} is folded into its base {base}")
     refuse_not_finite(policy.state_dict().items(), str(directory / WEIGHTS_FILE))
     remedy = f"Download it before with `hf download {tokenizer}`, or put it into {directory} as {VLM_REFERENCE}"
     return policy, *load_processors(directory, config, tokenizer, remedy)

@@ -22,6 +22,8 @@ from reinflow.metrics import METRICS_FILE, read_metrics
 from reinflow.symptoms import History
 from reinflow_so101.doctor_rules import RULES
 
+EARLY = 10  # iterations that most rules read
+
 
 @dataclass(frozen=True)
 class DoctorConfig:
@@ -57,7 +59,8 @@ def examine(run_dir: Path) -> str:
     if findings:
         count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings, the most fundamental first"
         return "\n\n".join([f"{run_dir}: {len(rows)} iterations, {count}", *map(str, findings)])
-    return "\n".join([f"{run_dir}: {len(rows)} iterations, healthy", f"checked: {checked or 'nothing'}", *notes])
+    verdict = "healthy" if len(rows) >= EARLY else "nothing wrong so far, but it is too early to tell"
+    return "\n".join([f"{run_dir}: {len(rows)} iterations, {verdict}", f"checked: {checked or 'nothing'}", *notes])
 
 
 def parse_args(argv: Sequence[str]) -> DoctorConfig:
@@ -68,3 +71,7 @@ def parse_args(argv: Sequence[str]) -> DoctorConfig:
 def main() -> None:
     """Console entry point."""
     run_command("reinflow-doctor", lambda: print(examine(Path(parse_args(sys.argv[1:]).run_dir))))
+
+
+if __name__ == "__main__":
+    main()

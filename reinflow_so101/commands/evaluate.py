@@ -199,3 +199,7 @@ def parse_args(argv: Sequence[str]) -> EvalConfig:
 def main() -> None:
     """Console entry point."""
     run_command("reinflow-eval", lambda: run_eval(parse_args(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

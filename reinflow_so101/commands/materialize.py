@@ -64,3 +64,7 @@ def main() -> None:
 
     config = tyro.cli(MaterializeConfig, description=MaterializeConfig.__doc__)
     run_command("reinflow-materialize", lambda: print(f"wrote {materialize(config.policy_dir, config.output_dir)}"))
+
+
+if __name__ == "__main__":
+    main()

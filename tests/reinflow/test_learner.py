@@ -130,6 +130,19 @@ def test_ratio_guard_names_changed_noise_bounds_and_nan():
         loop.learner.update(buffer)
 
 
+def test_rescored_log_probs_are_the_updates_own_and_the_guard_looks_all_over_the_rollout():
+    for rescore in (False, True):
+        loop = Loop()
+        loop.learner.rescore_log_probs = rescore
+        buffer, _ = loop.rollout()
+        buffer.log_prob[-1, -1] += 0.01  # the last decision, as another batch shape might round it
+        if rescore:
+            assert loop.learner.update(buffer)["ppo/ratio_error_before_update"] == 0
+        else:
+            with pytest.raises(RatioGuardError, match="ratio is off 1 by"):
+                loop.learner.update(buffer)
+
+
 def test_accumulation_equals_one_large_batch():
     weights = []
     for minibatch, accumulation in ((64, 1), (8, 8)):

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from reinflow import ConfigError, UserError
 from reinflow.flow import ChainSpec
+from reinflow_so101.commands.export import ExportConfig, export
 from reinflow_so101.door import DoorSettings, adapted, enter
-from reinflow_so101.opening import make_run, settle
+from reinflow_so101.opening import make_policy, make_run, settle
 from reinflow_so101.policies import FAMILIES, ActingSettings
 from reinflow_so101.policy_card import stored_env
 from reinflow_vla.base import lerobot_batch
@@ -294,3 +295,79 @@ def test_the_manifest_says_what_trains_and_what_is_frozen(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "trains: action_head 2,336 in 2 tensors" in said and "bfloat16)" in said
     assert "plain LeRobot holds" in said and "1 denoising steps, exported too" in said
+
+
+def test_an_adapter_is_folded_into_its_base(tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    base, adapter = clone(tmp_path / "base"), clone(tmp_path / "adapter")
+    model = get_peft_model(load_smolvla(base)[0], LoraConfig(r=2, target_modules=r".*lm_expert.*q_proj"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(adapter)
+    (adapter / "model.safetensors").unlink()
+    assert not torch.equal(actions(adapter), actions(base)) and "folded into its base" in capsys.readouterr().out
+    merged, plain_base = (load_smolvla(d)[0].state_dict() for d in (adapter, base))
+    changed = [name for name in merged if not torch.equal(merged[name], plain_base[name])]
+    assert merged.keys() == plain_base.keys() and changed and all("q_proj" in name for name in changed)
+
+
+def test_an_export_has_a_card_and_no_local_path_and_one_in_fp32_is_exact(tmp_path, capsys):
+    start = bf16_backbone(clone(tmp_path / "start"))
+    config = replace(
+        parse_args(["--preset", "tiny", "--smoke"]), pretrained_path=str(start), output_dir=str(tmp_path / "run"),
+        wandb_enabled=False, num_threads=1,
+    )  # fmt: skip
+    train(config)
+    out = export(ExportConfig(str(tmp_path / "run"), tmp_path / "out"))
+    card = (out / "README.md").read_text()
+    assert "base_model: start" in card and "Success after training" in card and "seeds 10000 to 10001" in card
+    for file in out.rglob("*"):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    with pytest.raises(UserError, match="exists"):
+        export(ExportConfig(str(tmp_path / "run"), tmp_path / "out"))
+    exact = export(ExportConfig(str(tmp_path / "run"), tmp_path / "exact", fp32_backbone=True))
+    theirs = SmolVLAPolicy.from_pretrained(exact, strict=True).state_dict()
+    for name, tensor in load_file(out / "model.safetensors").items():
+        assert theirs[name].dtype == torch.float32 and torch.equal(theirs[name], tensor.float()), name
+
+
+def test_finetune_takes_the_task_that_the_policy_was_made_for(capsys):
+    config = parse_args(["--preset", "finetune", "--pretrained-path", "tiny"])
+    assert (config.randomize_block, config.cameras, config.chunk_size) == (True, TWO, 0)
+    assert parse_args(["--preset", "finetune", "--pretrained-path", "tiny", "--no-randomize-block"]).cameras == TWO
+    assert "reinflow.json" in capsys.readouterr().out
+    assert parse_args(["--preset", "finetune"]).cameras == CAMERA_NAMES
+    assert "says of no task" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", ["kv", "embeddings", "none"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_bf16_prefix_gives_ratio_one_at_another_batch_shape(bf16_policy, keep, steps):
+    from reinflow.flow import chain_log_prob
+    from reinflow.rollout import act, encode, take_rows
+    from so101_sim.vector.base import blank_observation
+
+    policy, spec = bf16_policy, ChainSpec(steps, "chunk")
+    blank = blank_observation(stored_env(model_dir() / "tiny_smolvla"))
+    observation = take_rows(blank, np.zeros(64, dtype=np.int64))
+    rng = np.random.default_rng(0)
+    observation["pixels"] = {c: rng.integers(0, 255, v.shape, dtype=np.uint8) for c, v in observation["pixels"].items()}
+    policy.prefix_cache = replace(policy.prefix_cache, keep=keep)
+    context = encode(policy, observation)
+    sample, _ = act(policy, context, spec, list(range(64)), [0] * 64, explore=True)  # D = 300 summed
+    stored = policy.to_buffer(context)
+    for rows in torch.arange(64).split(8):
+        part = {name: tensor[rows] for name, tensor in stored.items()}
+        new = chain_log_prob(policy, part, sample.chain[rows], spec).log_prob
+        assert float((new - sample.log_prob[rows]).exp().sub(1).abs().max()) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def bf16_policy(tmp_path_factory):
+    directory = bf16_backbone(clone(tmp_path_factory.mktemp("bf16") / "policy"))
+    config = replace(PRESETS["tiny"], pretrained_path=str(directory), sigma_min=0.1, sigma_max=0.1)
+    return make_policy(config)

@@ -1,0 +1,132 @@
+"""reinflow-export: a trained policy as a stock LeRobot directory with a model card, ready to be moved or uploaded.
+
+reinflow-export outputs/train/2026-11-26/10-00-00_tiny --output-dir my_policy
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from reinflow import ConfigError, run_command
+from reinflow.checkpoint import CHECKPOINTS
+from reinflow.checksums import SUMS_FILE, check_sums, write_sums
+from reinflow_so101.commands.evaluate import find_policy
+from reinflow_so101.policy_card import stored_env
+from reinflow_vla.directory import CONFIG_FILE, WEIGHTS_FILE, read_json, refuse_existing, resolve_folder, write_json
+from reinflow_vla.smolvla_directory import VLM_FOLDER, write_references
+
+CARD = "README.md"
+FLAGS = {"preset": "preset", "seed": "seed", "episodes": "num_episodes"}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained policy for others."""
+
+    policy: tyro.conf.Positional[str]
+    """Run directory (its best checkpoint is taken), checkpoint, or policy directory."""
+    output_dir: Path
+    """Where it goes; refused if it exists."""
+    fp32_backbone: bool = False
+    """A copy that plain LeRobot computes in fp32, bit for bit as it was trained; it holds absolute paths and must stay
+    where it is."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Copy the policy, write its card; with ``fp32_backbone`` as a SmolVLA that must not be moved."""
+    source = find_policy(config.policy)
+    check_sums(source, "take another checkpoint")
+    target = config.output_dir.resolve()
+    refuse_existing(target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE))
+    if config.fp32_backbone:
+        _widen(source, target)
+    (target / CARD).write_text(model_card(source), encoding="utf-8")
+    write_sums(target)
+    return target
+
+
+def _widen(source: Path, target: Path) -> None:
+    """Weights in fp32, and a backbone folder that asks for fp32, by its absolute path."""
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import load_file, save_file
+
+    stored = read_json(target / CONFIG_FILE)
+    if stored.get("type") != "smolvla":
+        raise ConfigError("fp32_backbone is of SmolVLA alone: a Pi0 says its precision in config.json, leave it out")
+    folder = Path(resolve_folder(source, stored["vlm_model_name"]))
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(folder), ignore_patterns=["*.safetensors", "*.bin"]))
+    shutil.copytree(folder, target / VLM_FOLDER, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    backbone = target / VLM_FOLDER / CONFIG_FILE
+    content = read_json(backbone)
+    for part in (content, content.get("text_config", {}), content.get("vision_config", {})):
+        part["dtype"] = "float32"
+        part.pop("torch_dtype", None)
+    write_json(backbone, content)
+    weights = {name: tensor.float() for name, tensor in load_file(target / WEIGHTS_FILE).items()}
+    save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_references(target, str(target / VLM_FOLDER))
+
+
+def model_card(policy_dir: Path) -> str:
+    """A README with LeRobot's header: base, task, success and seeds, command. Local paths stay out of it."""
+    run = next((p for p in policy_dir.resolve().parents if (p / CHECKPOINTS).is_dir()), None)
+    settings = _read(run / CONFIG_FILE) if run else {}
+    env, stored = stored_env(policy_dir), read_json(policy_dir / CONFIG_FILE)
+    paths = {"smolvla": "pretrained_path", "pi0": "pi0_pretrained_path", "flow_mlp": "flow_mlp_pretrained_path"}
+    base = str(settings.get(paths.get(str(settings.get("model_type")), ""), "") or "unknown")
+    base = base if base.count("/") == 1 and not base.startswith((".", "/")) else Path(base).name
+    lines = [
+        "---", "library_name: lerobot", "pipeline_tag: robotics", f"base_model: {base}", "license: other",
+        "license_name: that-of-the-base-model", "tags: [robotics, lerobot, reinflow, so101]", "---", "",
+        f"# {stored.get('type')} fine-tuned by ReinFlow in simulation", "",
+        f"- Base: {base}; its licence holds for this policy too",
+        f'- Task: "{env.instruction}" with an SO-101 in MuJoCo, block '
+        + ("placed at random" if env.randomize_block else f"at {env.block_pos}"),
+        f"- Joints: LeRobot's {'degrees' if env.joint_frame == 'lerobot' else env.joint_frame}; cameras: "
+        f"{', '.join(env.cameras)}; {env.control_hz or 50:g} control steps a second",
+        f"- Actions: {stored.get('n_action_steps', stored.get('chunk_size'))} executed of "
+        f"{stored.get('chunk_size')}; {stored.get('num_steps', stored.get('num_inference_steps', 1))} denoising steps",
+    ]  # fmt: skip
+    for when in ("before", "after"):
+        info = _read(run / f"eval_{when}.json") if run else {}
+        if overall := info.get("overall"):
+            low, high = overall["pc_success_ci95"]
+            seeds = [row["seed"] for row in info["per_episode"]]
+            lines.append(
+                f"- Success {when} training: {overall['pc_success']:.1f} % [{low:.1f}, {high:.1f}] of "
+                f"{overall['n_episodes']} episodes, seeds {min(seeds)} to {max(seeds)}"
+            )
+    if settings:
+        flags = (
+            f"--preset {settings.get('preset')} --seed {settings.get('seed')} --episodes {settings.get('num_episodes')}"
+        )
+        lines.append(f"- Trained by `python train_reinflow.py {flags}` and the settings in the run's config.json")
+    return "\n".join(lines) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def parse_args(argv: Sequence[str]) -> ExportConfig:
+    """Which policy, and where to."""
+    return tyro.cli(ExportConfig, args=list(argv), description=__doc__, prog="reinflow-export")
+
+
+def main() -> None:
+    """reinflow-export."""
+    run_command("reinflow-export", lambda: print(f"wrote {export(parse_args(sys.argv[1:]))}"))
+
+
+if __name__ == "__main__":
+    main()
