@@ -28,6 +28,7 @@ class ConfigError(UserError, ValueError):
 # What a disk, not a mistake of ours, does to a command: full, over quota, read-only, forbidden, broken, vanished.
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
+    errno.EEXIST, errno.EISDIR,
 }  # fmt: skip
 
 

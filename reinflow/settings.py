@@ -149,6 +149,8 @@ def holds_run(run_dir: Path) -> bool:
 
 def refuse_existing_run(run_dir: Path) -> None:
     """Raise ConfigError if a run is there; what never came to a checkpoint may be started again."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"output_dir={run_dir} is a file: choose a directory")
     if holds_run(run_dir):
         raise ConfigError(f"output_dir={run_dir} holds a run already: add --resume, or choose another directory")
 

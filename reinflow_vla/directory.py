@@ -72,6 +72,8 @@ def locate_policy(reference: str | Path) -> Path:
     missing = [
         name for name in POLICY_FILES if not (directory / name).is_file() and not (adapter and name == WEIGHTS_FILE)
     ]
+    if CONFIG_FILE not in missing and read_json(directory / CONFIG_FILE).get("type") == "flow_mlp":
+        raise PolicyDirectoryError(f"{directory} is a flow_mlp: --preset flow_mlp --flow-mlp-pretrained-path takes it")
     if PREPROCESSOR_FILE in missing and not {CONFIG_FILE, WEIGHTS_FILE} & set(missing):
         raise PolicyDirectoryError(
             f"{directory} lacks {', '.join(missing)}: it is of a LeRobot before processors. Migrate it: python -m "

@@ -26,6 +26,17 @@ class RenderError(UserError, RuntimeError):
     """No off-screen OpenGL context could be made."""
 
 
+SOFTWARE = ("llvmpipe", "softpipe", "swrast", "swiftshader")
+
+
+def _draws_in_software() -> bool:
+    """Whether the current context draws on the CPU."""
+    from OpenGL import GL
+
+    name = GL.glGetString(GL.GL_RENDERER) or b""
+    return any(driver in name.decode(errors="replace").lower() for driver in SOFTWARE)
+
+
 class SceneRenderer:
     """Off-screen images of the scene: one OpenGL context, square images of one size, a pure function of qpos.
 
@@ -57,6 +68,7 @@ class SceneRenderer:
                 "(apt-get install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl, or install libosmesa6 and set "
                 "MUJOCO_GL=osmesa; or do without images: render_images=False with environment_state=True"
             ) from error
+        self.in_software = _draws_in_software()
         self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
         self._free.atexit = False  # its own exit hook may run after EGL's; ours, registered later, runs before
         atexit.register(self._free)

@@ -178,9 +178,12 @@ class PickScene:
         return SceneRenderer(self.model, tuple(self.config.cameras), self.config.image_size)
 
     def make_parallel_renderer(self, num_threads: int) -> SceneRenderer | ParallelRenderer:
-        """The same in `num_threads` threads, where OpenGL may be used outside of the main one."""
-        if num_threads == 1 or gl_backend() not in ("egl", "osmesa"):
-            return self.make_renderer()
+        """The same in threads, where OpenGL may be used outside of the main one and draws on the CPU; a GPU
+        is 7 to 18 times as fast with one context as with eight (notes/performance.md)."""
+        one = self.make_renderer()
+        if num_threads == 1 or gl_backend() not in ("egl", "osmesa") or not one.in_software:
+            return one
+        one.close()
         return ParallelRenderer(self.model, tuple(self.config.cameras), self.config.image_size, num_threads)
 
     def integration_state(self, data: mujoco.MjData) -> Array:

@@ -59,7 +59,7 @@ def examine(run_dir: Path) -> str:
     if findings:
         count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings, the most fundamental first"
         return "\n\n".join([f"{run_dir}: {len(rows)} iterations, {count}", *map(str, findings)])
-    verdict = "healthy" if len(rows) >= EARLY else "nothing wrong so far, but it is too early to tell"
+    verdict = "healthy" if len(rows) >= EARLY else "healthy so far, but it is too early to tell"
     return "\n".join([f"{run_dir}: {len(rows)} iterations, {verdict}", f"checked: {checked or 'nothing'}", *notes])
 
 

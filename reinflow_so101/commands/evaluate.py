@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
 
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED
-from reinflow.settings import cut
+from reinflow.settings import SEED, Range, cut, out_of_range
 from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
@@ -45,21 +45,21 @@ class EvalConfig:
     """Run directory, checkpoint, or policy directory; "tiny", "tiny-pi0" and "flow_mlp" name the embedded policies."""
     output_dir: str
     """Where eval_info.json (LeRobot's shape) and the video go; refused if it holds an evaluation."""
-    episodes: int = 200
+    episodes: Annotated[int, Range(1, 1_000_000)] = 200
     """Episodes; episode i uses seed + i."""
-    seed: int = FIRST_REPORTING_SEED
+    seed: Annotated[int, SEED] = FIRST_REPORTING_SEED
     """First seed. From 10,000 up they are for reporting, 5,000 to 9,999 for tuning."""
-    num_parallel_envs: int = 32
+    num_parallel_envs: Annotated[int, Range(1, 65_536)] = 32
     """Environments that act at once."""
-    num_denoising_steps: int = 0
+    num_denoising_steps: Annotated[int, Range(0, 1_000)] = 0
     """K; 0 takes what is stored with the policy."""
-    n_action_steps: int = 0
+    n_action_steps: Annotated[int, Range(0, 1_000)] = 0
     """Executed actions per chunk; 0 takes what is stored with the policy."""
     video: bool = False
     """Write an mp4 grid of the first episodes, all cameras of the environment side by side."""
     gif: bool = False
     """With video: write it as video.gif too, for a README."""
-    video_episodes: int = 4
+    video_episodes: Annotated[int, Range(1, 256)] = 4
     """Episodes in the video."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
@@ -87,9 +87,10 @@ class EvalConfig:
 
 def check_config(config: EvalConfig) -> None:
     """Raise a ConfigError for what cannot work."""
-    for name in ("episodes", "num_parallel_envs", "video_episodes"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if problems := list(out_of_range(config)):
+        raise ConfigError("; ".join(problems))
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ConfigError(f"output_dir={config.output_dir} is a file: choose a directory")
     if (Path(config.output_dir) / "eval_info.json").exists():
         raise ConfigError(f"output_dir={config.output_dir} holds an evaluation already: choose another directory")
 
@@ -160,6 +161,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
 
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)  # where nothing can be written nothing is played
     make_env = partial(make_vector_env, config.env)
     act = make_actor(config, policy_dir)
     result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from reinflow import ConfigError, UserError
+from reinflow.env import take_rows
 from reinflow.flow import ChainSpec
 from reinflow_so101.commands.export import ExportConfig, export
 from reinflow_so101.door import DoorSettings, adapted, enter
@@ -348,7 +349,7 @@ def test_finetune_takes_the_task_that_the_policy_was_made_for(capsys):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_bf16_prefix_gives_ratio_one_at_another_batch_shape(bf16_policy, keep, steps):
     from reinflow.flow import chain_log_prob
-    from reinflow.rollout import act, encode, take_rows
+    from reinflow.rollout import act, encode
     from so101_sim.vector.base import blank_observation
 
     policy, spec = bf16_policy, ChainSpec(steps, "chunk")
@@ -362,7 +363,7 @@ def test_a_bf16_prefix_gives_ratio_one_at_another_batch_shape(bf16_policy, keep,
     stored = policy.to_buffer(context)
     for rows in torch.arange(64).split(8):
         part = {name: tensor[rows] for name, tensor in stored.items()}
-        new = chain_log_prob(policy, part, sample.chain[rows], spec).log_prob
+        new = chain_log_prob(policy, part, sample.chain[rows], spec).log_prob.detach()
         assert float((new - sample.log_prob[rows]).exp().sub(1).abs().max()) <= 1e-4
 
 
@@ -371,3 +372,34 @@ def bf16_policy(tmp_path_factory):
     directory = bf16_backbone(clone(tmp_path_factory.mktemp("bf16") / "policy"))
     config = replace(PRESETS["tiny"], pretrained_path=str(directory), sigma_min=0.1, sigma_max=0.1)
     return make_policy(config)
+
+
+@pytest.mark.slow
+def test_lerobots_sampler_and_ours_agree_on_100_outcomes(tmp_path):
+    """The same x_0 in both; tuning seeds."""
+    from reinflow.evaluate import evaluate_seeds
+    from reinflow.noise import episode_noise
+    from reinflow.rollout import noise_free_actor, whole_tiles
+    from so101_sim.vector.make import make_vector_env
+
+    directory = clone(tmp_path / "policy")
+    policy, stock = FAMILIES["smolvla"].load(directory, ActingSettings()), plain(directory)
+    overrides = {"tokenizer_processor": {"tokenizer_name": str(directory / "vlm")}}
+    before, after = make_pre_post_processors(stock.config, str(directory), preprocessor_overrides=overrides)
+
+    @torch.no_grad()
+    def act_by_lerobot(observation, seeds, decision):
+        rows = whole_tiles(len(seeds))
+        taken = take_rows(observation, rows)
+        playing = [seeds[row] for row in rows]
+        x_0 = episode_noise(playing, [decision] * len(rows), (50, 32), "x_0", torch.device("cpu"))
+        chunk = stock.predict_action_chunk(before(lerobot_batch(taken, TWO)), noise=x_0)
+        return after(chunk).double().numpy()[: len(seeds)]
+
+    env = stored_env(model_dir() / "tiny_smolvla")
+    ours, theirs = (
+        evaluate_seeds(act, lambda n: make_vector_env(env, n), 5_000, 100, 50).episodes
+        for act in (noise_free_actor(policy, SPEC), act_by_lerobot)
+    )
+    assert [row.success for row in ours] == [row.success for row in theirs]
+    assert 20 < sum(row.success for row in ours) < 90

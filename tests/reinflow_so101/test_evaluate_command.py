@@ -83,3 +83,17 @@ def test_help_says_of_every_field_what_that_field_is(capsys):
             if " " not in option:  # a switch: the text stands with its opposite
                 option = options[f"{prefix}no-{flag}"]
             assert text in option, (name, option)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_played(tmp_path):
+    for changes, problem in (
+        ({"seed": -1}, "seed must"), ({"episodes": 0}, "episodes must"), ({"num_parallel_envs": 0}, "num_parallel"),
+        ({"video_episodes": 10**6}, "video_episodes must"), ({"n_action_steps": -1}, "n_action_steps must"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=problem):
+            run_eval(EvalConfig("tiny", str(tmp_path / "eval"), **changes))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file: choose a directory"):
+        run_eval(EvalConfig("tiny", str(tmp_path / "file")))
+    with pytest.raises(OSError, match="Not a directory"):
+        run_eval(EvalConfig("tiny", str(tmp_path / "file/eval")))
