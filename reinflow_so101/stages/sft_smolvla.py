@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reinflow import ConfigError, UserError, run_command
+from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_TUNING_SEED
 from reinflow_so101.policy_card import write_card
+from reinflow_so101.stages.datasets import SftError, check_dataset
 from reinflow_so101.stages.demonstrations import DECISION_STEPS, quiet_lerobot
-from reinflow_vla.directory import OBS_IMAGES_PREFIX, refuse_existing, write_json
+from reinflow_vla.adaptation import known_cameras
+from reinflow_vla.directory import OBS_IMAGES_PREFIX, locate_policy, refuse_existing, write_json
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:
@@ -39,10 +41,6 @@ if TYPE_CHECKING:
     from reinflow.env import Observation
 
 NUM_EVAL_ENVS = 32
-
-
-class SftError(UserError, RuntimeError):
-    """The fine-tuning cannot start; the message holds the remedy."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,17 @@ def read_demonstrations(root: Path, repo_id: str, jitter: int) -> Demonstrations
     Raises:
         SftError: it is not there, or its episodes differ in length.
     """
-    if not (root / "meta" / "info.json").is_file():
-        raise SftError(f"{root} holds no LeRobotDataset (no meta/info.json): record one with reinflow-demos")
+    check_dataset(root)
     quiet_lerobot()
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    dataset = LeRobotDataset(repo_id, root=root, video_backend="pyav")
+    try:
+        dataset = LeRobotDataset(repo_id, root=root, video_backend="pyav")
+    except Exception as error:  # a half-written one shows itself in any way
+        reason = " ".join(str(error).split())[:200]
+        raise SftError(
+            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}): record it again"
+        ) from error
     columns = dataset.hf_dataset.with_format("numpy", columns=["observation.state", "action", "episode_index"])[:]
     episode = np.asarray(columns["episode_index"])
     lengths = np.unique(np.bincount(episode))
@@ -312,6 +315,8 @@ def finetune(config: SftConfig) -> dict[str, Any]:
 
     refuse_existing(config.output_dir)
     started = time.perf_counter()
+    cameras, _ = known_cameras(locate_policy(config.policy_dir))
+    check_dataset(config.dataset_root, [OBS_IMAGES_PREFIX + name for name in cameras])
     data = read_demonstrations(config.dataset_root, config.repo_id, config.jitter)
     available = len(data.state) - config.held_out
     if available < max(1, config.episodes):

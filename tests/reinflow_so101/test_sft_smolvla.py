@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from reinflow_so101.stages import demonstrations, sft_smolvla
 from reinflow_so101.stages.build_smolvla import TinyConfig, build_policy
 from reinflow_vla.directory import PolicyDirectoryError
 from reinflow_vla.smolvla_directory import load_smolvla
+from tests.foreign import rename_cameras
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,32 @@ def test_one_step_share_puts_that_part_of_a_batch_at_pure_noise(share: float) ->
     assert (
         float(policy.weight.grad) == pytest.approx(float(loss.detach())) == pytest.approx(0.25 + 0.75 * share, abs=0.08)
     )
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"codebase_version": "v2.1"}, r"format v2.1, this one reads v3.*convert_dataset_v21_to_v30"),
+    ({"total_episodes": 0}, "holds no whole episode"),
+    ({"fps": 30}, "--fps=50"),
+])  # fmt: skip
+def test_data_that_cannot_be_learned_from_is_refused_by_what_it_says(start, tmp_path, change, problem) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(start[1], root)
+    info = json.loads((root / "meta/info.json").read_text())
+    (root / "meta/info.json").write_text(json.dumps(info | change))
+    with pytest.raises(sft_smolvla.SftError, match=problem):
+        sft_smolvla.finetune(sft_smolvla.SftConfig(start[0], root, tmp_path / "out"))
+    (root / "meta/info.json").write_text(json.dumps(info))
+    shutil.rmtree(root / "data")
+    with pytest.raises(sft_smolvla.SftError, match="cannot be read by LeRobot"):
+        sft_smolvla.finetune(sft_smolvla.SftConfig(start[0], root, tmp_path / "out"))
+
+
+def test_other_cameras_are_named(start, tmp_path) -> None:
+    other = tmp_path / "policy"
+    shutil.copytree(start[0], other)
+    rename_cameras(other, {"camera_up": "front"})
+    with pytest.raises(sft_smolvla.SftError, match=r"lacks observation.images.front.* it has observation"):
+        sft_smolvla.finetune(sft_smolvla.SftConfig(other, start[1], tmp_path / "out"))
 
 
 def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
