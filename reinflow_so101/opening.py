@@ -60,6 +60,11 @@ class Start:
     weights: str = ""
     checkpoint: Path | None = None
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the policy is the checkpoint's own, which is in the environment's terms already."""
+        return self.checkpoint is not None and self.policy.parent == self.checkpoint
+
 
 def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
     """The config as it will be used, and what the run starts from: what needs no weights to be refused."""
@@ -80,13 +85,19 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
     if config.image_size:
         check_scene(config.env())
     start = _start_policy(config, chosen)
-    config = settle(config, start.policy)
+    config = settle(config, start.policy, DoorSettings() if start.is_copy else None)
     check_scene(config.env())
     return config, start
 
 
-def settle(config: FlatConfig, directory: Path) -> FlatConfig:
-    """Fields that are left to the policy, as it says; how it fits is printed, what does not fit a ConfigError."""
+def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None) -> FlatConfig:
+    """Fields that are left to the policy, as it says; how it fits is printed, what does not fit a ConfigError.
+
+    Args:
+        config: of the training.
+        directory: of the policy.
+        door: how it fits, instead of what ``config`` says.
+    """
     stored = read_json(directory / CONFIG_FILE)
     if config.model_type == "flow_mlp":
         entrance = Entrance(
@@ -94,7 +105,7 @@ def settle(config: FlatConfig, directory: Path) -> FlatConfig:
         )
         entrance.num_denoising_steps = stored.get("num_denoising_steps", 1)
     else:
-        entrance = enter(directory, cut(config, DoorSettings), config.cameras)
+        entrance = enter(directory, door or cut(config, DoorSettings), config.cameras)
     if entrance.problems:
         raise ConfigError("; ".join(entrance.problems))
     chunk, executed = config.chunk_size or entrance.chunk_size, config.n_action_steps or entrance.n_action_steps
@@ -120,6 +131,18 @@ def settle(config: FlatConfig, directory: Path) -> FlatConfig:
     )  # fmt: skip
 
 
+def published_sizes(config: FlatConfig) -> FlatConfig:
+    """Fields that are left to the policy, as those that LeRobot publishes have them."""
+    chunk = config.chunk_size or 50
+    executed = config.n_action_steps or chunk
+    number = config.chunks_per_episode or math.ceil(config.max_steps_per_episode / executed)
+    return replace(
+        config, chunk_size=chunk, n_action_steps=executed, chunks_per_episode=number,
+        max_steps_per_episode=number * executed, num_denoising_steps=config.num_denoising_steps or 10,
+        image_size=config.image_size or 256,
+    )  # fmt: skip
+
+
 def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> tuple[FlatConfig, Run]:
     """Policy, learner and environments of ``config``, not started yet; and its settings as they came out.
 
@@ -142,7 +165,7 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
         torch.set_num_threads(config.num_threads)
     device = pick_device(config.device, or_any=config.resume)
     wanted = replace(config.policy(), policy_path=str(start.policy)) if start else config.policy()
-    if start and start.checkpoint and start.policy.parent == start.checkpoint:  # already in the environment's terms
+    if start and start.is_copy:
         wanted = replace(wanted, **asdict(DoorSettings()))
     policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
     config = replace(config, **policy.settled())

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Literal
 from reinflow import ConfigError, UserError
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import parse_flags, starting_point
+from reinflow_so101.opening import published_sizes, settle
+from reinflow_so101.policies import FAMILIES
+from reinflow_so101.skeletons import PUBLISHED
 
 if TYPE_CHECKING:
     from reinflow_so101.memory_planner.trace import PassBytes
@@ -304,7 +307,17 @@ def parse_args(argv: Sequence[str], presets: Mapping[str, FlatConfig]) -> Memory
     """The limits, and flags over the chosen preset of train_reinflow.py."""
     if "--resume" in argv:
         raise UserError("reinflow-memory plans a new training: leave --resume out")
-    return MemoryConfig(*parse_flags(argv, starting_point(argv, presets), __doc__, Limits(), "reinflow-memory"))
+    training, limits = parse_flags(argv, starting_point(argv, presets), __doc__, Limits(), "reinflow-memory")
+    return MemoryConfig(_settled(training), limits)
+
+
+def _settled(training: FlatConfig) -> FlatConfig:
+    """What is left to the policy, as it says; a published one is planned without its files."""
+    if training.policy_path in PUBLISHED:
+        return published_sizes(training)
+    if 0 in (training.chunk_size, training.n_action_steps, training.num_denoising_steps, training.image_size):
+        return settle(training, FAMILIES[training.model_type].directory(training.policy_path))
+    return training
 
 
 def command(argv: Sequence[str], presets: Mapping[str, FlatConfig]) -> Plan:
