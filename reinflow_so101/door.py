@@ -29,7 +29,16 @@ from reinflow_vla.adaptation import (
     stored_statistics,
     write_adapted,
 )
-from reinflow_vla.directory import ACTION, CONFIG_FILE, OBS_IMAGES_PREFIX, OBS_STATE, PREPROCESSOR_FILE, read_json
+from reinflow_vla.directory import (
+    ACTION,
+    CONFIG_FILE,
+    OBS_IMAGES_PREFIX,
+    OBS_STATE,
+    PREPROCESSOR_FILE,
+    check_trusted,
+    read_json,
+)
+from reinflow_vla.soundness import check_sound, reading
 from so101_mujoco_utils import FRAMES, JOINT_NAMES, NUM_JOINTS, Array, JointFrame, m100_frame
 
 LIMITS_DEG = np.array([[-110, 110], [-100, 100], [-96.83, 96.83], [-95, 95], [-157.21, 162.79], [-10, 100]])
@@ -89,14 +98,22 @@ def enter(directory: Path, settings: DoorSettings, cameras: tuple[str, ...], fra
         settings: the user's.
         cameras: that the environment renders, in its order.
         frame: the environment's joint units, a key of FRAMES.
+
+    Raises:
+        ConfigError: a flag cannot be read. What does not fit is in the entrance's ``problems``.
+        UserError: the directory is damaged, or more than data.
     """
     entrance = Entrance(directory)
     config = read_json(directory / CONFIG_FILE)
+    check_trusted(directory)
+    check_sound(directory, {directory / CONFIG_FILE: config})
     entrance.chunk_size = _whole(config, "chunk_size", entrance)
     entrance.n_action_steps = _whole(config, "n_action_steps", entrance)
-    entrance.num_denoising_steps = next((config[name] for name in STEPS_FIELDS if name in config), 1)
-    _settle_cameras(entrance, settings, cameras)
-    _settle_joints(entrance, settings, FRAMES[frame])
+    steps = next((name for name in STEPS_FIELDS if name in config), "")
+    entrance.num_denoising_steps = _whole(config, steps, entrance) if steps else 1
+    with reading(directory):
+        _settle_cameras(entrance, settings, cameras)
+        _settle_joints(entrance, settings, FRAMES[frame])
     return entrance
 
 

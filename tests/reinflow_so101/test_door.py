@@ -403,3 +403,25 @@ def test_lerobots_sampler_and_ours_agree_on_100_outcomes(tmp_path):
     )
     assert [row.success for row in ours] == [row.success for row in theirs]
     assert 20 < sum(row.success for row in ours) < 90
+
+
+def test_a_damaged_export_is_refused_by_every_reader(tmp_path):
+    from reinflow.checksums import write_sums
+
+    directory = clone(tmp_path / "policy")
+    write_sums(directory)
+    assert not problems(directory)
+    weights = directory / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"model.safetensors is missing, or not as checksums.json says"):
+        actions(directory)
+    for change in (
+        lambda c: c["input_features"][IMAGES + "camera_up"].update(shape=[3]),
+        lambda c: c.update(num_steps="x"),
+    ):
+        strange = clone(tmp_path / f"strange{id(change)}")
+        edit(strange, "config.json", change)
+        with pytest.raises(UserError):
+            actions(strange)
