@@ -56,6 +56,7 @@ class DoorSettings:
     normalization: str = "auto"
     joint_frame: str = "auto"
     calibration: str = ""
+    instruction: str = ""
 
 
 @dataclass
@@ -111,10 +112,18 @@ def enter(directory: Path, settings: DoorSettings, cameras: tuple[str, ...], fra
     entrance.n_action_steps = _whole(config, "n_action_steps", entrance)
     steps = next((name for name in STEPS_FIELDS if name in config), "")
     entrance.num_denoising_steps = _whole(config, steps, entrance) if steps else 1
+    _compare_instruction(entrance, settings)
     with reading(directory):
         _settle_cameras(entrance, settings, cameras)
         _settle_joints(entrance, settings, FRAMES[frame])
     return entrance
+
+
+def _compare_instruction(entrance: Entrance, settings: DoorSettings) -> None:
+    card = entrance.source / CARD_FILE
+    own = read_json(card).get("env", {}).get("instruction") if card.is_file() else None
+    if own and settings.instruction and own != settings.instruction:
+        entrance.lines.append(f'instruction: "{settings.instruction}" here, the policy was made for "{own}"')
 
 
 def _whole(config: Mapping[str, Any], name: str, entrance: Entrance) -> int:
@@ -164,6 +173,8 @@ def _settle_cameras(entrance: Entrance, settings: DoorSettings, cameras: tuple[s
     if any(theirs != ours for theirs, ours in chosen.items()):
         pairs = ", ".join(f"{theirs} is {ours}" for theirs, ours in chosen.items())
         entrance.lines.append(f"cameras by {where}: {pairs}")
+    else:
+        entrance.lines.append(f"cameras by name: {', '.join(known)}")
     if declared:
         entrance.lines.append(f"declared but never trained with, left out as LeRobot does: {', '.join(declared)}")
     shape = features_of(entrance.source)[OBS_IMAGES_PREFIX + known[0]].get("shape") or [3, 256, 256]
@@ -220,6 +231,8 @@ def _settle_joints(entrance: Entrance, settings: DoorSettings, target: JointFram
     frame = _choose_frame(entrance, settings, found, target)
     if frame is None:
         return
+    if source == "policy":
+        entrance.lines.append(f"statistics of the policy's own, in the units of {frame.name}")
     statistics = {name: _folded(values, frame, target) for name, values in found.items()}
     if source != "policy" or frame.name != target.name:
         entrance.statistics = statistics

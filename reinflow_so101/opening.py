@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,7 +166,7 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
     device = pick_device(config.device, or_any=config.resume)
     wanted = replace(config.policy(), policy_path=str(start.policy)) if start else config.policy()
     if start and start.is_copy:
-        wanted = replace(wanted, **asdict(DoorSettings()))
+        wanted = replace(wanted, rename_map="", normalization="auto", joint_frame="auto", calibration="")
     policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
     config = replace(config, **policy.settled())
     learner = PPOLearner(policy, config.chain(), config.learner(), config.seed, config.rescore_log_probs)
