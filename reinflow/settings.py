@@ -96,12 +96,12 @@ def config_from_json[S](data: Mapping[str, Any], config_type: type[S], where: st
         )
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     for name, value in values.items():
-        if not _is_of(value, hints[name]):
-            raise ConfigError(f"{where}: {name} is {value!r}, which is no {_type_name(hints[name])}: mend or remove it")
+        if not is_of(value, hints[name]):
+            raise ConfigError(f"{where}: {name} is {value!r}, which is no {type_name(hints[name])}: mend or remove it")
     return config_type(**values)
 
 
-def _is_of(value: Any, hint: Any) -> bool:
+def is_of(value: Any, hint: Any) -> bool:
     """Whether a JSON value (lists as tuples) is what an annotation says."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is Literal:
@@ -110,15 +110,15 @@ def _is_of(value: Any, hint: Any) -> bool:
         if not isinstance(value, tuple):
             return False
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(kinds) == len(value) and all(_is_of(v, k) for v, k in zip(value, kinds, strict=True))
+        return len(kinds) == len(value) and all(is_of(v, k) for v, k in zip(value, kinds, strict=True))
     if kind in (Union, UnionType):
-        return any(_is_of(value, option) for option in arguments)
+        return any(is_of(value, option) for option in arguments)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from reinflow import ConfigError
+from reinflow.checksums import check_sums
+from reinflow.settings import is_of, type_name
 from reinflow_vla.adaptation import features_of, known_cameras
 from reinflow_vla.directory import CONFIG_FILE, OBS_IMAGES_PREFIX, read_json
 from so101_mujoco_utils import CAMERA_NAMES
@@ -31,10 +34,16 @@ def write_card(directory: Path, env: EnvConfig) -> None:
 def stored_env(policy_dir: Path) -> EnvConfig:
     """The policy's own environment, or the default one with the policy's cameras and image size."""
     path = policy_dir / CARD_FILE
+    check_sums(policy_dir, "take another export (after a change on purpose remove checksums.json)")
     stored = read_json(path).get("env") if path.exists() else None
-    if stored:
-        known = {f.name for f in dataclasses.fields(EnvConfig)}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+    if isinstance(stored, dict) and stored:
+        hints = get_type_hints(EnvConfig)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
+        for name, value in values.items():
+            if not is_of(value, hints[name]):
+                raise ConfigError(
+                    f"{path}: {name} is {value!r}, which is no {type_name(hints[name])}: mend or remove it"
+                )
         return EnvConfig(**values)
     if read_json(policy_dir / CONFIG_FILE).get("type") == "flow_mlp":
         return EnvConfig(render_images=False, environment_state=True)

@@ -97,3 +97,11 @@ def test_what_cannot_work_is_refused_before_anything_is_played(tmp_path):
         run_eval(EvalConfig("tiny", str(tmp_path / "file")))
     with pytest.raises(OSError, match="Not a directory"):
         run_eval(EvalConfig("tiny", str(tmp_path / "file/eval")))
+
+
+@pytest.mark.parametrize("env", [{"cameras": 5}, {"image_size": "big"}, {"starting_position": [1]}, {"reward_mode": 1}])
+def test_a_card_with_nonsense_is_one_line(tmp_path, env):
+    (tmp_path / "reinflow.json").write_text(json.dumps({"env": env}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=next(iter(env))):
+        stored_env(tmp_path)
