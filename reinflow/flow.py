@@ -104,7 +104,7 @@ def dct_basis(n: int, m: int, *, dtype: torch.dtype = torch.float32, device: tor
     columns = torch.cos(math.pi / n * steps[:, None] * torch.arange(m, dtype=torch.float64))
     columns *= math.sqrt(2.0 / n)
     columns[:, 0] *= math.sqrt(0.5)
-    return columns.to(dtype=dtype, device=device)
+    return columns.to(dtype).to(device)  # in this order: an Apple GPU takes no float64
 
 
 def _to_coordinates(delta: Tensor, spec: ChainSpec) -> Tensor:
