@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from reinflow import UserError
@@ -22,7 +23,13 @@ class DamagedFileError(UserError, ValueError):
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content; computed once for a file that does not change."""
+    state = path.stat()
+    return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, _size: int, _changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -52,14 +59,22 @@ def replace_with_sum(path: Path, content: str) -> None:
     for digests, file in ((new + old, temporary), (new, None)):
         sums = _beside(path)
         sums.with_suffix(".tmp").write_text(json.dumps({path.name: digests}) + "\n", encoding="utf-8")
+        _flush(sums.with_suffix(".tmp"))
         os.replace(sums.with_suffix(".tmp"), sums)
         if file:
+            _flush(file)
             os.replace(file, path)
 
 
 def check_with_sum(path: Path, remedy: str) -> None:
     """Raise DamagedFileError if ``path`` is not what ``replace_with_sum`` wrote; nothing happens without a sum."""
     _check(_beside(path), remedy)
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk before the rename: a power cut must not leave an empty file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _beside(path: Path) -> Path:

@@ -73,6 +73,7 @@ class EvalResult:
     elapsed_s: float
     extras: Mapping[str, Extra] = field(default_factory=dict)  # of the environment
     video_paths: list[str] = field(default_factory=list)
+    broken_seeds: tuple[int, ...] = ()  # of episodes in which the simulation broke down; they count as failures
 
     @property
     def num_successes(self) -> int:
@@ -121,11 +122,13 @@ class EvalResult:
     def summary(self) -> str:
         """One line: ``success 43.5 % (87/200), 95 % interval 36.8-50.4 %, ...``."""
         low, high = self.interval
+        lost = self.broken_seeds
+        broken = f", {len(lost)} failed by unstable physics (first seed {lost[0]})" if lost else ""
         extras = "".join(f"{extra.template.format(self.extra_mean(name))}, " for name, extra in self.extras.items())
         return (
             f"success {100 * self.success_rate:.1f} % ({self.num_successes}/{len(self.episodes)}), 95 % interval "
             f"{100 * low:.1f}-{100 * high:.1f} %, return {self.return_mean:.2f}, "
-            f"length {self.length_mean:.0f}, {extras}{self.elapsed_s:.0f} s"
+            f"length {self.length_mean:.0f}, {extras}{self.elapsed_s:.0f} s{broken}"
         )
 
     def to_lerobot_info(self, task_group: str, task_id: int = 0) -> dict[str, Any]:
@@ -229,16 +232,23 @@ def evaluate(
         raise ValueError("evaluation needs at least one seed")
     start = time.perf_counter()
     rows: list[EpisodeRow] = []
+    broken: list[int] = []
     for first in range(0, len(seeds), vector_env.num_envs):
         batch = list(seeds[first : first + vector_env.num_envs])
-        rows += _play_batch(act, vector_env, batch, frame_hook, frame_interval)
-    return EvalResult(tuple(rows), time.perf_counter() - start, extras=vector_env.extras)
+        rows += _play_batch(act, vector_env, batch, broken, frame_hook, frame_interval)
+    elapsed = time.perf_counter() - start
+    return EvalResult(tuple(rows), elapsed, extras=vector_env.extras, broken_seeds=tuple(broken))
 
 
 def _play_batch(
-    act: Act, vector_env: ChunkVectorEnv, seeds: list[int], frame_hook: FrameHook | None, frame_interval: int
+    act: Act,
+    vector_env: ChunkVectorEnv,
+    seeds: list[int],
+    broken: list[int],
+    frame_hook: FrameHook | None,
+    frame_interval: int,
 ) -> list[EpisodeRow]:
-    """One episode in each of the first len(seeds) environments."""
+    """One episode in each of the first len(seeds) environments; ``broken`` gets the seeds of those that broke down."""
     padded = seeds + [seeds[0]] * (vector_env.num_envs - len(seeds))
     pending = set(range(len(seeds)))
     rows: dict[int, EpisodeRow] = {}
@@ -263,6 +273,8 @@ def _play_batch(
                         f"environment {stats.env} played seed {stats.seed} instead of {padded[stats.env]}"
                     )
                 rows[stats.env] = _row(stats, max_rewards[stats.env])
+                if getattr(stats, "broken", False) and stats.env < len(seeds):
+                    broken.append(int(stats.seed))
             pending -= rows.keys()
             if not pending:
                 return [rows[env] for env in range(len(seeds))]

@@ -146,7 +146,7 @@ class PPOLearner:
         advantages = self._advantages(buffer)
         data = self._flatten(buffer, advantages)
         if len(data) == 0:
-            return {"ppo/steps_refused": 1.0, "time/update": time.perf_counter() - start}
+            return {"ppo/optimizer_steps": 0.0, "time/update": time.perf_counter() - start}
         metrics = _advantage_metrics(buffer, advantages)
         normalized = self._normalize(advantages)
         metrics["critic/target_shift"] = (normalized.target - normalized.value).mean().item()
@@ -282,7 +282,8 @@ class PPOLearner:
         kl_rows = torch.randperm(len(data), generator=self.generator)[:KL_SAMPLE]
         kl_data, kl, steps, stopped, undone = data[kl_rows], 0.0, 0, False, False
         norms: list[float] = []
-        for rows in full_batches(len(data), s.batch_size, s.num_ppo_epochs, self.generator):
+        batch = min(s.batch_size, len(data))  # fewer are left where episodes broke
+        for rows in full_batches(len(data), batch, s.num_ppo_epochs, self.generator):
             snapshot = self._snapshot() if s.undo_overshoot else None
             step = self._policy_step(data, rows)
             log.add(step)
@@ -303,7 +304,7 @@ class PPOLearner:
             "gradients/policy_norm_last": norms[-1] if norms else 0.0,
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": float(steps),
-            "ppo/epochs_done": steps * s.batch_size / len(data),
+            "ppo/epochs_done": steps * batch / len(data),
             "ppo/early_stopped": float(stopped),
             "ppo/steps_undone": float(undone),
         }
@@ -396,7 +397,8 @@ class PPOLearner:
         name = self.policy.critic_input
         rows_of = advantages.context[name]
         self.policy.observe({name: rows_of})
-        for rows in full_batches(len(advantages.target), s.batch_size, s.num_critic_epochs, self.generator):
+        batch = min(s.batch_size, len(advantages.target))
+        for rows in full_batches(len(advantages.target), batch, s.num_critic_epochs, self.generator):
             values = self.policy.value({name: rows_of[rows]})
             loss, _ = ppo.value_loss(values, advantages.value[rows], advantages.target[rows], s.value_clip_epsilon)
             self.critic_optimizer.zero_grad(set_to_none=True)
@@ -414,11 +416,8 @@ class PPOLearner:
 
 def _narrow_products(context: Context) -> str:
     """What computes with less than fp32, in words; empty if nothing is known to."""
-    if any(tensor.is_cuda for tensor in context.values()):
-        if torch.get_float32_matmul_precision() != "highest":
-            return "matrix products are in TF32"
-        if torch.backends.cudnn.allow_tf32:
-            return "convolutions are in TF32"
+    if any(tensor.is_cuda for tensor in context.values()) and torch.get_float32_matmul_precision() != "highest":
+        return "matrix products are in TF32"
     narrow = sorted(name for name, tensor in context.items() if tensor.dtype in (torch.bfloat16, torch.float16))
     return f"{', '.join(narrow)} of the prefix are in bf16" if narrow else ""
 

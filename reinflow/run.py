@@ -232,6 +232,7 @@ class Run:
         if "playing" in state:
             observation = self.env.set_state(state["env"])
             self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
+            self.current.broken |= state.get("broken", np.zeros_like(self.current.broken))
         else:
             print(
                 "the checkpoint is of an older version: its weights and counters go on, with episodes that begin anew"
@@ -394,6 +395,7 @@ class Run:
             "start_weights": self.start_weights,
             "playing": self.current.episodes,
             "decisions": self.current.decisions,
+            "broken": self.current.broken,
             "rng": rng_state(),
             "env": self.env.get_state(),
         }

@@ -28,7 +28,8 @@ CHANGEABLE_ON_RESUME = {
 }  # fmt: skip
 
 
-IMPLIED: dict[str, Any] = {}  # what a version without the field did, where that is not the field's default now
+# What a version without the field did, where that is not the field's default now.
+IMPLIED: dict[str, Any] = {"joint_frame": "lerobot", "normalization": "policy"}
 WAYS = {"resume", "output_dir", "checkpoint_path"}  # how a run is opened: not taken from another run's config.json
 
 SMOKE = {  # the sizes of --smoke: every stage of a training once, of any preset
@@ -150,7 +151,8 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
         return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
     start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
     if start.preset == "finetune" and not file:  # type: ignore[attr-defined]
-        path = flag_value(argv, "--pretrained-path", "--pretrained_path")
+        names = ("--pretrained-path", "--pretrained_path", "--pi0-pretrained-path", "--pi0_pretrained_path")
+        path = next((value for name in names if (value := flag_value(argv, name))), "")
         start = dataclasses.replace(start, **_task_of(path, start))
     return dataclasses.replace(start, **(SMOKE if "--smoke" in argv else {}))
 

@@ -35,6 +35,7 @@ from reinflow_vla.directory import (
     OBS_IMAGES_PREFIX,
     OBS_STATE,
     PREPROCESSOR_FILE,
+    STATISTICS,
     check_trusted,
     read_json,
 )
@@ -46,6 +47,7 @@ CENTRE_DEG, END_DEG = 8.0, 40.0  # so far beyond a joint limit may lie a mean, a
 RANGES = (("q01", "q99"), ("q10", "q90"), ("min", "max"))
 STEPS_FIELDS = ("num_steps", "num_inference_steps")
 MOTOR_STEPS = 4_096  # of a full turn
+LEROBOTS_STEPS = 10  # where a config.json says nothing
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def enter(directory: Path, settings: DoorSettings, cameras: tuple[str, ...], fra
     entrance.chunk_size = _whole(config, "chunk_size", entrance)
     entrance.n_action_steps = _whole(config, "n_action_steps", entrance)
     steps = next((name for name in STEPS_FIELDS if name in config), "")
-    entrance.num_denoising_steps = _whole(config, steps, entrance) if steps else 1
+    entrance.num_denoising_steps = _whole(config, steps, entrance) if steps else LEROBOTS_STEPS
     _compare_instruction(entrance, settings)
     with reading(directory):
         _settle_cameras(entrance, settings, cameras)
@@ -120,10 +122,15 @@ def enter(directory: Path, settings: DoorSettings, cameras: tuple[str, ...], fra
 
 
 def _compare_instruction(entrance: Entrance, settings: DoorSettings) -> None:
-    card = entrance.source / CARD_FILE
-    own = read_json(card).get("env", {}).get("instruction") if card.is_file() else None
+    own = _card_env(entrance.source).get("instruction")
     if own and settings.instruction and own != settings.instruction:
         entrance.lines.append(f'instruction: "{settings.instruction}" here, the policy was made for "{own}"')
+
+
+def _card_env(directory: Path) -> dict[str, Any]:
+    """The environment in a directory's reinflow.json; empty without one."""
+    env = read_json(directory / CARD_FILE).get("env") if (directory / CARD_FILE).is_file() else None
+    return env if isinstance(env, dict) else {}
 
 
 def _whole(config: Mapping[str, Any], name: str, entrance: Entrance) -> int:
@@ -156,7 +163,9 @@ def _settle_cameras(entrance: Entrance, settings: DoorSettings, cameras: tuple[s
     chosen = {name: given.get(name, name) for name in known}
     numbered = [re.fullmatch(r"(?:camera|image|cam)_?(\d*)", name) for name in known]
     if not given and all(numbered) and not set(known) & set(cameras):
-        chosen, where = dict(zip(known, cameras, strict=False)), "their position"
+        by_number = sorted(known, key=lambda name: int(re.sub(r"\D", "", name) or 0))
+        position = dict(zip(by_number, cameras, strict=False))
+        chosen, where = {name: position[name] for name in known if name in position}, "their position"
     absent = [name for name in known if chosen.get(name) not in cameras]
     if absent:
         proposal = {
@@ -231,6 +240,13 @@ def _settle_joints(entrance: Entrance, settings: DoorSettings, target: JointFram
     frame = _choose_frame(entrance, settings, found, target)
     if frame is None:
         return
+    raw = [name for name in (OBS_STATE, ACTION) if not needed(name, modes)]
+    if raw and frame.name != target.name:
+        entrance.problems.append(
+            f"{entrance.source} takes {' and '.join(raw)} as they are (IDENTITY): the units of {frame.name} cannot "
+            "be folded in. Train it on data in LeRobot's degrees"
+        )
+        return
     if source == "policy":
         entrance.lines.append(f"statistics of the policy's own, in the units of {frame.name}")
     statistics = {name: _folded(values, frame, target) for name, values in found.items()}
@@ -281,12 +297,20 @@ def _of_dataset(path: str) -> dict[str, Statistics]:
     file = Path(path) / "meta" / "stats.json"
     if not file.is_file():
         raise ConfigError(f"normalization=dataset:{path} has no meta/stats.json: name a LeRobotDataset's folder")
-    content = read_json(file)
-    return {
-        name: {what: np.asarray(values, dtype=np.float64).reshape(-1) for what, values in content[name].items()}
-        for name in (OBS_STATE, ACTION)
-        if isinstance(content.get(name), dict)
-    }
+    content, wanted = read_json(file), {what for pair in STATISTICS.values() for what in pair} | {"min", "max"}
+    try:
+        found: dict[str, Statistics] = {
+            name: {w: np.asarray(v, dtype=np.float64).reshape(-1) for w, v in content[name].items() if w in wanted}
+            for name in (OBS_STATE, ACTION)
+            if isinstance(content.get(name), dict)
+        }
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"normalization=dataset:{path}: {file} holds no numbers ({error}): record it again"
+        ) from error
+    if any(len(values) != NUM_JOINTS for statistics in found.values() for values in statistics.values()):
+        raise ConfigError(f"normalization=dataset:{path} is of another robot: an SO-101 has {NUM_JOINTS} joints")
+    return found
 
 
 def _choose_frame(
@@ -300,8 +324,7 @@ def _choose_frame(
             hint = f": {', '.join(better)} would fit" if better else ""
             entrance.lines.append(f"joint_frame={settings.joint_frame} puts {misfits[settings.joint_frame]}{hint}")
         return frames[settings.joint_frame]
-    card = entrance.source / CARD_FILE
-    stored = read_json(card).get("env", {}).get("joint_frame") if card.is_file() else None
+    stored = _card_env(entrance.source).get("joint_frame")
     if stored in FRAMES:
         return FRAMES[stored]
     fitting = [name for name, misfit in misfits.items() if not misfit]

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reinflow import ConfigError, UserError
+from reinflow import ConfigError
 from reinflow.settings import check_same_settings, config_to_json, cut, read_config, refuse_existing_run
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import (
@@ -186,10 +186,11 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
 
 
 def _start_policy(config: FlatConfig, resumed: Path | None) -> Start:
-    """The policy to start from. A resumed run whose own is gone or was changed goes on from its checkpoint's copy.
+    """The policy to start from. A resumed run goes on from its checkpoint's copy, in the environment's terms and sound
+    by its sums: what has become of the original, its statistics or a data set since does not matter.
 
     Raises:
-        ConfigError: it is gone, and the checkpoint's copy cannot stand for it.
+        ConfigError: adapters or an anchor need the original, which is gone or was changed.
     """
     from reinflow.checkpoint import PRETRAINED, stored_value
     from reinflow.checksums import sha256
@@ -197,25 +198,20 @@ def _start_policy(config: FlatConfig, resumed: Path | None) -> Start:
     from reinflow_vla.directory import weights_file
 
     stored = str(stored_value(resumed, "start_weights") or "") if resumed else ""
+    if resumed and not (config.peft_rank or config.anchor_coeff):
+        print(f"going on from the checkpoint's own copy of the policy in {resumed}")
+        return Start(resumed / PRETRAINED, stored, resumed)
     try:
         directory = FAMILIES[config.model_type].directory(config.policy_path)
         found = sha256(weights_file(directory))
-    except (UserError, OSError) as error:
-        if resumed is None or not stored:
-            if isinstance(error, UserError):
-                raise
-            raise ConfigError(f"{config.policy_path} holds no policy ({error}): name its directory") from error
-        found = "not there"
-    if not stored or found == stored:
-        return Start(directory, found, resumed)
-    if resumed is None or config.peft_rank or config.anchor_coeff:
+    except OSError as error:
+        raise ConfigError(f"{config.policy_path} holds no policy ({error}): name its directory") from error
+    if stored and found != stored:
         raise ConfigError(
-            f"the policy that the run started from is gone from {config.policy_path}, or was changed; with peft_rank "
-            "or anchor_coeff the checkpoint's copy cannot stand for it: put it back"
+            f"the policy in {config.policy_path} was changed since the run started from it; with peft_rank or "
+            "anchor_coeff the checkpoint's copy cannot stand for it: put it back"
         )
-    copy = resumed / PRETRAINED
-    print(f"{config.policy_path} is gone or was changed: going on from the checkpoint's own copy {copy}")
-    return Start(copy, stored, resumed)
+    return Start(directory, found, resumed)
 
 
 def make_policy(config: FlatConfig, device: str = "cpu") -> FlowPolicy:

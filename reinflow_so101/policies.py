@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from reinflow import ConfigError
 from reinflow.settings import cut
-from reinflow_so101.door import DoorSettings, adapted, enter
+from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, adapted, enter
 from reinflow_vla.directory import CONFIG_FILE, locate_policy, read_json
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
 from so101_sim.config import EnvConfig
@@ -227,7 +227,7 @@ def _load_to_act(
 
     return family.from_pretrained(
         path, acting.device,
-        num_denoising_steps=acting.num_denoising_steps or stored[family.num_steps_field],
+        num_denoising_steps=acting.num_denoising_steps or stored.get(family.num_steps_field, LEROBOTS_STEPS),
         n_action_steps=acting.n_action_steps or stored["n_action_steps"],
         sigma_min=0.1, sigma_max=0.1, groups=TrainableGroups(False, False, False, False, False),
         critic_hidden_size=8, **options,

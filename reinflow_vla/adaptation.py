@@ -181,6 +181,7 @@ def write_adapted(
                 if statistics is not None:
                     step["state_file"] = f"{file.removesuffix('.json')}_statistics.safetensors"
                     flat = {f"{name}.{w}": v.astype(np.float32) for name, s in statistics.items() for w, v in s.items()}
+                    (target / step["state_file"]).unlink(missing_ok=True)  # never through a link to the original
                     save_file(flat, target / step["state_file"])
         write_json(target / file, content)
 

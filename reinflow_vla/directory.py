@@ -175,9 +175,20 @@ def base_of_adapter(directory: Path) -> Path | None:
 
 def merge_adapter(policy: PreTrainedPolicy, directory: Path) -> PreTrainedPolicy:
     """``policy`` with the adapter in a PEFT directory folded into its weights."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
-    return PeftModel.from_pretrained(policy, directory).merge_and_unload()
+    adapted = PeftModel.from_pretrained(policy, directory)
+    with safe_open(directory / ADAPTER_FILE, "pt") as content:
+        stored = set(content.keys())
+    if stored != (wanted := set(get_peft_model_state_dict(adapted))):
+        raise PolicyDirectoryError(
+            f"{directory / ADAPTER_FILE} does not fit its base: {len(stored - wanted)} tensors have no place there and "
+            f"{len(wanted - stored)} are missing. Take adapter and base of one training"
+        )
+    merged = adapted.merge_and_unload()
+    merged.config.use_peft = False
+    return merged
 
 
 def require_cached(repo_id: str, directory: Path, reference: str) -> None:
@@ -211,8 +222,8 @@ def store_tokenizer(directory: Path, reference: str) -> None:
 
 
 HARMLESS = (
-    "optimizer", "scheduler", "lr_", "learning_rate", "train", "freeze", "dropout", "gradient", "compile", "device",
-    "push_to", "repo", "private", "license", "tags", "log", "save", "eval", "seed", "version", "description", "name",
+    "optimizer", "scheduler", "lr_", "learning_rate", "train_", "freeze_", "dropout", "gradient", "compile", "device",
+    "push_to", "repo", "private", "license", "tags", "log_", "save_", "eval_", "seed", "version", "description",
 )  # fmt: skip
 """Beginnings of fields that say how a policy is trained, kept or named, not what it computes."""
 

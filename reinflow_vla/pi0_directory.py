@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    base_of_adapter,
     load_processors,
     locate_policy,
     quiet,
@@ -207,6 +208,8 @@ def load_pi0(
     kind = read_json(directory / CONFIG_FILE).get("type")
     if kind not in KINDS:
         raise PolicyDirectoryError(f"{directory / CONFIG_FILE} is of type {kind!r}, not one of {KINDS}")
+    if base_of_adapter(directory):
+        raise PolicyDirectoryError(f"{directory} is an adapter of a Pi0, which is not read here: merge it first")
     sizes = stored_sizes(directory)
     config = read_policy_config(directory, device)
     config.dtype = dtype or config.dtype

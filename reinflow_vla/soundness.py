@@ -44,7 +44,7 @@ def check_sound(directory: Path, configurations: Mapping[Path, Mapping[str, Any]
     for file, content in configurations.items():
         for path, value in _numbers(content):
             largest = next((most for end, most in LARGEST.items() if path.split(".")[0].endswith(end)), LARGEST_INT)
-            if not math.isfinite(value) or (isinstance(value, int) and abs(value) > largest):
+            if abs(value) > largest if isinstance(value, int) else not math.isfinite(value):
                 raise PolicyDirectoryError(f"{file} has {path}={value}, which no policy has: {REMEDY}")
 
 

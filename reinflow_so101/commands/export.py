@@ -20,7 +20,15 @@ from reinflow.checkpoint import CHECKPOINTS
 from reinflow.checksums import SUMS_FILE, check_sums, write_sums
 from reinflow_so101.commands.evaluate import find_policy
 from reinflow_so101.policy_card import stored_env
-from reinflow_vla.directory import CONFIG_FILE, WEIGHTS_FILE, read_json, refuse_existing, resolve_folder, write_json
+from reinflow_vla.directory import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_trusted,
+    read_json,
+    refuse_existing,
+    resolve_folder,
+    write_json,
+)
 from reinflow_vla.smolvla_directory import VLM_FOLDER, write_references
 
 CARD = "README.md"
@@ -44,14 +52,26 @@ def export(config: ExportConfig) -> Path:
     """Copy the policy, write its card; with ``fp32_backbone`` as a SmolVLA that must not be moved."""
     source = find_policy(config.policy)
     check_sums(source, "take another checkpoint")
+    check_trusted(source)
+    _refuse_links(source)
+    if config.fp32_backbone and read_json(source / CONFIG_FILE).get("type") != "smolvla":
+        raise ConfigError("fp32_backbone is of SmolVLA alone: leave it out")
     target = config.output_dir.resolve()
     refuse_existing(target)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE, ".git", ".cache"))
     if config.fp32_backbone:
         _widen(source, target)
     (target / CARD).write_text(model_card(source), encoding="utf-8")
     write_sums(target)
     return target
+
+
+def _refuse_links(source: Path) -> None:
+    """Nothing from elsewhere goes along; a hub cache's own links lead to its blobs."""
+    inside = source.resolve()
+    for path in source.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside) and path.resolve().parent.name != "blobs":
+            raise ConfigError(f"{path} leads to {path.resolve()}: an export holds no files from elsewhere, remove it")
 
 
 def _widen(source: Path, target: Path) -> None:
@@ -60,8 +80,6 @@ def _widen(source: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     stored = read_json(target / CONFIG_FILE)
-    if stored.get("type") != "smolvla":
-        raise ConfigError("fp32_backbone is of SmolVLA alone: a Pi0 says its precision in config.json, leave it out")
     folder = Path(resolve_folder(source, stored["vlm_model_name"]))
     if not folder.is_dir():
         folder = Path(snapshot_download(str(folder), ignore_patterns=["*.safetensors", "*.bin"]))
@@ -84,7 +102,8 @@ def model_card(policy_dir: Path) -> str:
     env, stored = stored_env(policy_dir), read_json(policy_dir / CONFIG_FILE)
     paths = {"smolvla": "pretrained_path", "pi0": "pi0_pretrained_path", "flow_mlp": "flow_mlp_pretrained_path"}
     base = str(settings.get(paths.get(str(settings.get("model_type")), ""), "") or "unknown")
-    base = base if base.count("/") == 1 and not base.startswith((".", "/")) else Path(base).name
+    is_hub = base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
+    base = base if is_hub else Path(base).name
     lines = [
         "---", "library_name: lerobot", "pipeline_tag: robotics", f"base_model: {base}", "license: other",
         "license_name: that-of-the-base-model", "tags: [robotics, lerobot, reinflow, so101]", "---", "",

@@ -344,7 +344,7 @@ def test_a_rollout_in_which_everything_broke_moves_nothing(tmp_path):
     before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
     run.start()
     act_and_learn(run)
-    assert run.metrics["ppo/steps_refused"] == 1 and run.metrics["rollout/episodes_broken"] == 4
+    assert run.metrics["ppo/optimizer_steps"] == 0 and run.metrics["rollout/episodes_broken"] == 4
     assert all(torch.equal(before[name], tensor) for name, tensor in run.policy.state_dict().items())
     run.lock.release()
 
@@ -389,3 +389,23 @@ def test_a_changed_config_is_refused_and_one_killed_while_it_is_written_is_not(t
     digests = json.loads((tmp_path / ".config.json.checksums.json").read_text())["config.json"]
     assert digests == [sha256(file)]  # in between both versions are allowed
     make_run(tmp_path).resume().lock.release()
+
+
+def test_a_broken_episode_stays_broken_over_a_resume_and_costs_no_step(tmp_path):
+    run = make_run(tmp_path)
+    run.env = FaultyEnv("reward", range(1))
+    run.start()
+    buffer, _, run.current = collect_rollout(
+        run.policy, run.env, run.current, 1, SPEC, RolloutSettings(gamma=0.99), run.learner.normalizer, run.seeds
+    )
+    assert run.current.broken.tolist() == [False, True, False, False] and buffer.valid.sum() == 3
+    run.env.get_state = lambda: {}
+    run.env.set_state = lambda state: run.env._observe()
+    run.save()
+    run.lock.release()
+    resumed = make_run(tmp_path)
+    resumed.env = run.env
+    assert resumed.resume().current.broken.tolist() == [False, True, False, False]
+    resumed.lock.release()
+    run.learner.settings = replace(UPDATE, minibatch_size=4)  # all of the rollout's decisions
+    assert run.learner.update(buffer)["ppo/optimizer_steps"] == UPDATE.num_ppo_epochs

@@ -13,6 +13,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 
 from reinflow import ConfigError, UserError
@@ -150,7 +151,8 @@ def test_statistics_by_data_set_by_dataset_folder_or_not_at_all(tmp_path):
     said = problems(base, CAMERA_NAMES, normalization="so100-green")
     assert "so100, so100-red" in said and "--normalization dataset:PATH" in said
     (tmp_path / "data/meta").mkdir(parents=True)
-    stats = {f: {w: OWN[f"{f}.{w}"].tolist() for w in ("mean", "std")} for f in ("observation.state", "action")}
+    features = ("observation.state", "action")
+    stats = {f: {w: OWN[f"{f}.{w}"].tolist() for w in ("mean", "std")} | {"count": [600]} for f in features}
     (tmp_path / "data/meta/stats.json").write_text(json.dumps(stats))
     mine = enter(base, DoorSettings(normalization=f"dataset:{tmp_path / 'data'}"), CAMERA_NAMES)
     np.testing.assert_allclose(mine.statistics["action"]["mean"], OWN["action.mean"], rtol=1e-6)
@@ -314,6 +316,12 @@ def test_an_adapter_is_folded_into_its_base(tmp_path, capsys):
     merged, plain_base = (load_smolvla(d)[0].state_dict() for d in (adapter, base))
     changed = [name for name in merged if not torch.equal(merged[name], plain_base[name])]
     assert merged.keys() == plain_base.keys() and changed and all("q_proj" in name for name in changed)
+    assert load_smolvla(adapter)[0].config.use_peft is False  # or LeRobot looks for an adapter in the export
+    stored = load_arrays(adapter / "adapter_model.safetensors")
+    renamed_keys = {name.replace("lm_expert", "lm_exp"): values for name, values in stored.items()}
+    save_arrays(renamed_keys, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="does not fit its base"):
+        load_smolvla(adapter)
 
 
 def test_an_export_has_a_card_and_no_local_path_and_one_in_fp32_is_exact(tmp_path, capsys):
@@ -425,3 +433,51 @@ def test_a_damaged_export_is_refused_by_every_reader(tmp_path):
         edit(strange, "config.json", change)
         with pytest.raises(UserError):
             actions(strange)
+
+
+def test_what_was_found_on_a_second_look(tmp_path):
+    nonsense = clone(tmp_path / "card")
+    (nonsense / "reinflow.json").write_text('{"env": null}')
+    assert not problems(nonsense)
+    numbered = rename_cameras(clone(tmp_path / "numbered"), {"camera_up": "camera2", "wrist_camera": "camera1"})
+    assert enter(numbered, DoorSettings(), TWO).cameras == {"camera2": "wrist_camera", "camera1": "camera_up"}
+    silent = clone(tmp_path / "silent")
+    edit(silent, "config.json", lambda c: c.pop("num_steps"))
+    assert enter(silent, DoorSettings(), TWO).num_denoising_steps == 10  # LeRobot's
+    huge = clone(tmp_path / "huge")
+    edit(huge, "config.json", lambda c: c.update(max_state_dim=10**400))
+    with pytest.raises(UserError, match="which no policy has"):
+        actions(huge)
+    raw = clone(tmp_path / "raw")
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        edit(raw, name, lambda c: [
+            s["config"]["norm_map"].update(STATE="IDENTITY", ACTION="IDENTITY")
+            for s in c["steps"] if "normalizer" in s["registry_name"]
+        ])  # fmt: skip
+    assert "cannot be folded in" in problems(raw, joint_frame="so100_legacy") and not problems(raw)
+    linked = clone(tmp_path / "linked")
+    (tmp_path / "secret.txt").write_text("secret")
+    (linked / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(UserError, match="holds no files from elsewhere"):
+        export(ExportConfig(str(linked), tmp_path / "out"))
+    with pytest.raises(UserError, match="of SmolVLA alone"):
+        export(ExportConfig(str(model_dir() / "tiny_pi0"), tmp_path / "out", fp32_backbone=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_does_not_look_at_the_outside_again(tmp_path):
+    (tmp_path / "data/meta").mkdir(parents=True)
+    features = ("observation.state", "action")
+    stats = {f: {w: OWN[f"{f}.{w}"].tolist() for w in ("mean", "std")} for f in features}
+    (tmp_path / "data/meta/stats.json").write_text(json.dumps(stats))
+    config = replace(
+        parse_args(["--preset", "tiny", "--smoke"]), output_dir=str(tmp_path / "run"), wandb_enabled=False,
+        report_episodes=0, num_threads=1, normalization=f"dataset:{tmp_path / 'data'}",
+    )  # fmt: skip
+    train(config)
+    shutil.rmtree(tmp_path / "data")
+    train(replace(config, resume=True, num_episodes=6))
+    after = load_arrays(
+        tmp_path / "run/checkpoints/last/pretrained_model/policy_preprocessor_step_5_normalizer_processor.safetensors"
+    )  # fmt: skip
+    np.testing.assert_allclose(after["action.mean"], OWN["action.mean"], rtol=1e-6)
