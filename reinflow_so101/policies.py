@@ -228,7 +228,7 @@ def _load_to_act(
     return family.from_pretrained(
         path, acting.device,
         num_denoising_steps=acting.num_denoising_steps or stored.get(family.num_steps_field, LEROBOTS_STEPS),
-        n_action_steps=acting.n_action_steps or stored["n_action_steps"],
+        n_action_steps=acting.n_action_steps or stored.get("n_action_steps", 0),
         sigma_min=0.1, sigma_max=0.1, groups=TrainableGroups(False, False, False, False, False),
         critic_hidden_size=8, **options,
     )  # fmt: skip

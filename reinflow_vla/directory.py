@@ -247,6 +247,9 @@ def read_policy_config(directory: Path, device: str) -> PreTrainedConfig:
     kinds = PreTrainedConfig.get_known_choices()
     if content.get("type") not in kinds:
         raise PolicyDirectoryError(f"{file} is of type {content.get('type')!r}, not one of {', '.join(sorted(kinds))}")
+    outputs = content.get("output_features")
+    if not isinstance(outputs, dict) or ACTION not in outputs:  # LeRobot would take the padded width for it
+        raise PolicyDirectoryError(f"{file} has no {ACTION} in output_features: restore it from the policy's export")
     known = {field.name for field in fields(kinds[content["type"]])} | {"type"}
     unknown = {name: value for name, value in content.items() if name not in known}
     grave = {name: value for name, value in unknown.items() if value and not name.startswith(HARMLESS)}
