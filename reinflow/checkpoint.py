@@ -14,6 +14,8 @@ disk, or not at all. Loading is strict: whatever is missing or unexpected is a C
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -82,6 +84,7 @@ def save_checkpoint(
         if not _is_linked(root, stale):
             shutil.rmtree(stale)
     final, temporary = root / f"{step:06d}", root / f"{_TEMPORARY}{step:06d}"
+    place = root.stat().st_ino
     try:
         temporary.mkdir()
         (temporary / PRETRAINED).mkdir()
@@ -90,6 +93,8 @@ def save_checkpoint(
         _write_training_state(temporary / TRAINING, step, tensors, state)
         write_sums(temporary / TRAINING)
         _sync_tree(temporary)
+        if root.stat().st_ino != place:  # moved away while it was written to, and made again by a writer
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(root))
         _publish(temporary, final)
     except SafetensorError as error:  # its own type for a full disk
         raise CheckpointError(
@@ -97,6 +102,9 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for remains in (root, root.parent) if not final.exists() else ():
+            with contextlib.suppress(OSError):
+                remains.rmdir()  # if nothing is in it
     _link(root, LAST, final.name)
     return final
 
