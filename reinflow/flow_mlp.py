@@ -165,7 +165,7 @@ class FlowMLP(FlowPolicy):
             PolicyError: the directory holds no flow_mlp policy.
         """
         check_sums(directory, "take another export (after a change on purpose remove checksums.json)")
-        config, file = _read_config(directory), directory / "model.safetensors"
+        config, file = read_sizes(directory), directory / "model.safetensors"
         try:
             weights = load_file(file)
         except (SafetensorError, OSError) as error:
@@ -203,7 +203,7 @@ STORED = {
 """What config.json holds besides the type, and the largest value of each."""
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_sizes(directory: Path) -> dict[str, Any]:
     """The sizes in a directory's config.json; raises PolicyError."""
     path = directory / "config.json"
     try:

@@ -19,8 +19,7 @@ from reinflow_so101.command_line import (
     pick_device,
     this_command,
 )
-from reinflow_so101.door import DoorSettings, Entrance, enter
-from reinflow_vla.directory import CONFIG_FILE, read_json
+from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, Entrance, enter
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
     from reinflow.policy import FlowPolicy
@@ -98,16 +97,31 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
         directory: of the policy.
         door: how it fits, instead of what ``config`` says.
     """
-    stored = read_json(directory / CONFIG_FILE)
     if config.model_type == "flow_mlp":
-        entrance = Entrance(
-            directory, chunk_size=stored.get("chunk_size", 0), n_action_steps=stored.get("chunk_size", 0)
-        )
-        entrance.num_denoising_steps = stored.get("num_denoising_steps", 1)
+        from reinflow.flow_mlp import read_sizes
+
+        sizes = read_sizes(directory)
+        chunk, steps = sizes["chunk_size"], sizes["num_denoising_steps"]
+        entrance = Entrance(directory, chunk_size=chunk, n_action_steps=chunk, num_denoising_steps=steps)
     else:
         entrance = enter(directory, door or cut(config, DoorSettings), config.cameras)
     if entrance.problems:
         raise ConfigError("; ".join(entrance.problems))
+    config = _filled(config, entrance)
+    for line in entrance.lines:
+        print(f"  {line}")
+    return config
+
+
+def published_sizes(config: FlatConfig) -> FlatConfig:
+    """Fields that are left to the policy, as those that LeRobot publishes have them."""
+    published = Entrance(Path(config.policy_path), chunk_size=50, n_action_steps=50, image_size=256)
+    published.num_denoising_steps = LEROBOTS_STEPS
+    return _filled(config, published)
+
+
+def _filled(config: FlatConfig, entrance: Entrance) -> FlatConfig:
+    """The config with the sizes of a policy where it leaves them to it; differences become lines of ``entrance``."""
     chunk, executed = config.chunk_size or entrance.chunk_size, config.n_action_steps or entrance.n_action_steps
     if chunk != entrance.chunk_size and chunk == type(config).chunk_size:  # the default, which is one policy's
         entrance.lines.append(f"chunk_size {entrance.chunk_size}, as the policy predicts")
@@ -123,23 +137,9 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
     ):  # fmt: skip
         if ours != theirs:
             entrance.lines.append(f"{name}: {ours} here and in the export, the policy stores {theirs} (0 takes that)")
-    for line in entrance.lines:
-        print(f"  {line}")
     return replace(
         config, chunk_size=chunk, n_action_steps=executed, chunks_per_episode=number, num_denoising_steps=steps,
         max_steps_per_episode=number * executed, image_size=config.image_size or max(entrance.image_size, 8),
-    )  # fmt: skip
-
-
-def published_sizes(config: FlatConfig) -> FlatConfig:
-    """Fields that are left to the policy, as those that LeRobot publishes have them."""
-    chunk = config.chunk_size or 50
-    executed = config.n_action_steps or chunk
-    number = config.chunks_per_episode or math.ceil(config.max_steps_per_episode / executed)
-    return replace(
-        config, chunk_size=chunk, n_action_steps=executed, chunks_per_episode=number,
-        max_steps_per_episode=number * executed, num_denoising_steps=config.num_denoising_steps or 10,
-        image_size=config.image_size or 256,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,6 @@ def write_adapted(
     cameras: Mapping[str, str],
     state_dim: int,
     statistics: Mapping[str, Statistics] | None,
-    change: Callable[[dict[str, Any]], None] = lambda config: None,
 ) -> None:
     """Write ``source`` into the empty folder ``target`` in other terms; weights and folders are linked.
 
@@ -155,7 +154,6 @@ def write_adapted(
         cameras: the policy's camera -> its new name; those that are not in it are left out.
         state_dim: number of joints, of state and action.
         statistics: of state and action; None keeps those that are there.
-        change: of the rest of config.json, in place.
     """
     from safetensors.numpy import save_file
 
@@ -168,7 +166,6 @@ def write_adapted(
     renamed = _renamed(features, cameras, state_dim)
     config["input_features"] = {name: feature for name, feature in renamed.items() if name not in actions}
     config["output_features"] = {name: feature for name, feature in renamed.items() if name in actions}
-    change(config)
     write_json(target / CONFIG_FILE, config)
     for file in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
         content = read_json(source / file)

@@ -21,7 +21,6 @@ class PolicyDirectoryError(UserError, RuntimeError):
 
 
 REMEDY = "take another copy or export of the policy"
-WEIGHT_TYPES = {"F32", "F16", "BF16"}
 LARGEST_INT, LARGEST = 2**24, {  # of any whole number in a configuration, and of some by the end of their names
     "layers": 256, "depth": 256, "heads": 1_024, "chunk_size": 1_000, "action_steps": 1_000, "num_steps": 1_000,
     "inference_steps": 1_000, "tokenizer_max_length": 4_096, "with_padding": 4_096, "image_resolution": 4_096,

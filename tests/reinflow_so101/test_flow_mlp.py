@@ -1,6 +1,7 @@
 """The state-based policy end to end: its contract, its supervised stage, training, resuming and evaluation."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from reinflow.flow_mlp import FlowMLP
 from reinflow.metrics import read_metrics
 from reinflow.policy import PolicyError
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
+from reinflow_so101.opening import settle
 from reinflow_so101.stages import sft_flow_mlp
 from reinflow_so101.stages.sft_flow_mlp import FlowMlpSftConfig, FlowMlpSftError
 from so101_gym_env import SO101PickEnv
@@ -250,3 +252,13 @@ def test_one_step_share_trains_at_pure_noise(monkeypatch):
 def test_bad_sft_config_is_refused_by_name(name, changes):
     with pytest.raises(FlowMlpSftError, match=name):
         FlowMlpSftConfig(Path("x"), **changes)
+
+
+@pytest.mark.parametrize("change", [{"chunk_size": None}, {"chunk_size": "x"}, {"num_denoising_steps": 0}])
+def test_sizes_that_are_none_are_refused_before_a_run_begins(tmp_path, change):
+    directory = tmp_path / "policy"
+    shutil.copytree(model_dir() / "flow_mlp", directory)
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(PolicyError, match=next(iter(change))):
+        settle(replace(PRESETS["flow_mlp"], flow_mlp_pretrained_path=str(directory)), directory)
