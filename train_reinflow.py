@@ -35,6 +35,7 @@ from reinflow_so101.checks import check_config
 from reinflow_so101.command_line import ThisStart, parse_flags, starting_point
 from reinflow_so101.opening import check_start, make_policy, make_run, open_run  # noqa: F401 - for those who build on it
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import DEFAULT_TASK
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help takes half a second
     from reinflow.evaluate import EvalResult
@@ -202,6 +203,9 @@ class TrainingConfig:
     """Control steps before an episode is truncated."""
 
     # --- Environment -----------------------------------------------------------------------------------------------
+    task: str = DEFAULT_TASK
+    """Named task that the fields below start from (lift, lift_wide, lift_fixed): the one given here, else the one that
+    the policy was made for, else the preset's. Other flags override it; what a run plays is in its own fields."""
     model_path: str = "model/scene.xml"
     """MJCF scene; the default is the shipped one, wherever the command runs."""
     instruction: str = "pick up the block"
@@ -361,6 +365,7 @@ PRESETS: dict[str, TrainingConfig] = {
     "tiny": TrainingConfig(
         preset="tiny",
         pretrained_path="tiny",
+        task="lift",
         num_episodes=9_216,
         num_threads=2,
         num_parallel_envs=64,

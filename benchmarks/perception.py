@@ -12,11 +12,16 @@ after a supervised stage: one that trains the prefix on few demonstrations can f
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import av
+import numpy as np
 import torch
 from _common import Row, make_parser, report
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reinflow_so101.opening import make_policy
@@ -28,13 +33,34 @@ BATCH, BINS = 64, 6
 RIDGES = (3.0, 30.0, 300.0, 3000.0)
 
 
-def scenes(config: TrainingConfig, count: int) -> tuple[Tensor, Tensor]:
-    """Prefix features (M, F) and block positions (M, 2) in metres of `count` starts, seeds 0, 1, ..."""
+def through_video(images: NDArray[np.uint8], crf: int, pix_fmt: str) -> NDArray[np.uint8]:
+    """Images (N, h, w, 3) as they come back from h264 with a keyframe in two, as LeRobot's data sets have them."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as written:
+        stream: Any = written.add_stream("libx264", rate=50, options={"crf": str(crf), "g": "2"})
+        stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], pix_fmt
+        for image in images:
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")))
+        written.mux(stream.encode(None))
+    file.seek(0)
+    with av.open(file, "r") as read:
+        frames = [frame.to_ndarray(format="rgb24") for frame in read.decode(video=0)]
+    return np.stack(frames)
+
+
+def scenes(config: TrainingConfig, count: int, video: tuple[int, str] | None = None) -> tuple[Tensor, Tensor]:
+    """Prefix features (M, F) and block positions (M, 2) in metres of `count` starts, seeds 0, 1, ...
+
+    `video`: crf and pixel format of h264 that the images go through first.
+    """
     policy = make_policy(config, "cpu")
     features, places, layout = [], [], PickScene(config.env()).layout
     with make_vector_env(config.env(), BATCH) as env, torch.no_grad():
         for first in range(0, count, BATCH):
             observation = env.reset(range(first, first + BATCH))
+            if video:
+                pixels = {name: through_video(images, *video) for name, images in observation["pixels"].items()}
+                observation = {**observation, "pixels": pixels}
             features.append(policy.encode(policy.preprocess(observation))["features"])
             places.append(torch.from_numpy(layout.scene_state(env.get_state()["rows"]).block_pos[:, :2].copy()))
     return torch.cat(features).double(), torch.cat(places)
@@ -82,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--block-angle-deg", type=float, default=PRESETS["tiny"].block_angle_deg)
     parser.add_argument("--block-yaw-deg", type=float, default=PRESETS["tiny"].block_yaw_deg)
     parser.add_argument("--scenes", type=int, default=3_840)
+    parser.add_argument(
+        "--crf", type=int, help="h264 quality that the images go through first: LeRobot's default is 30"
+    )
+    parser.add_argument("--pix-fmt", default="yuv420p", help="its pixel format; yuv444p keeps the colours' resolution")
     args = parser.parse_args(argv)
     config = dataclasses.replace(
         PRESETS["tiny"],
@@ -90,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         block_angle_deg=args.block_angle_deg,
         block_yaw_deg=args.block_yaw_deg,
     )
-    errors, places = held_out_errors(*scenes(config, 384 if args.quick else args.scenes))
+    video = None if args.crf is None else (args.crf, args.pix_fmt)
+    errors, places = held_out_errors(*scenes(config, 384 if args.quick else args.scenes, video))
     rows = [row("all", errors), *by_bin("r in m:", places.norm(dim=1), errors)]
     rows += by_bin("angle in deg:", torch.rad2deg(torch.atan2(places[:, 0], places[:, 1])), errors)
     report(rows, args, f"policy {args.policy_path}")

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from reinflow import ConfigError
+from reinflow import ConfigError, UserError
 from reinflow.settings import CONFIG_FILE, config_from_json, config_to_json, read_config
 
 if TYPE_CHECKING:
@@ -91,10 +91,22 @@ def saved_config[C: DataclassInstance](run_dir: Path, config_type: type[C]) -> C
     """The settings that a run was started with, ready to resume it."""
     saved = read_config(run_dir) | {"resume": True, "output_dir": str(run_dir)}
     lacking = {f.name: IMPLIED.get(f.name, f.default) for f in dataclasses.fields(config_type) if f.name not in saved}
+    if "task" in lacking:
+        lacking["task"] = _task_of_settings(saved)
     if lacking:
         implied = ", ".join(f"{name}={value}" for name, value in lacking.items())
         print(f"{run_dir / CONFIG_FILE} is of an older version, which implied {implied}")
     return config_from_json(lacking | saved, config_type, str(run_dir / CONFIG_FILE))
+
+
+def _task_of_settings(saved: Mapping[str, Any]) -> str:
+    """The named task that a run's settings are nearest to."""
+    from so101_sim.config import EnvConfig
+    from so101_sim.tasks.registry import ASPECTS, nearest_task
+
+    values: dict[str, Any] = {name: saved[name] for name in ASPECTS if name in saved}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return nearest_task(EnvConfig(**values))
 
 
 def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], preset: str) -> C:
@@ -150,27 +162,52 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
         shown = {"render": False} if "--headless" in argv else {}
         return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
     start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
-    if start.preset == "finetune" and not file:  # type: ignore[attr-defined]
-        names = ("--pretrained-path", "--pretrained_path", "--pi0-pretrained-path", "--pi0_pretrained_path")
-        path = next((value for name in names if (value := flag_value(argv, name))), "")
-        start = dataclasses.replace(start, **_task_of(path, start))
+    start = dataclasses.replace(start, **_task(argv, start, bool(file)))
     return dataclasses.replace(start, **(SMOKE if "--smoke" in argv else {}))
 
 
-def _task_of(policy_path: str, start: Any) -> dict[str, Any]:
-    """The settings of the environment that a policy was made for, where its directory says so (reinflow.json)."""
-    from reinflow_so101.policy_card import CARD_FILE, stored_env
-    from so101_mujoco_utils import model_dir
+PATH_FIELDS = {
+    "smolvla": "pretrained_path", "pi0": "pi0_pretrained_path", "flow_mlp": "flow_mlp_pretrained_path",
+}  # fmt: skip
 
-    directory = model_dir() / "tiny_smolvla" if policy_path == "tiny" else Path(policy_path)
-    if not policy_path or not (directory / CARD_FILE).is_file():
-        print("the policy says of no task that it was made for: this one is the default; see --help for the flags")
+
+def _task(argv: Sequence[str], start: Any, of_file: bool) -> dict[str, Any]:
+    """The settings of the environment: of the task that --task names, else of the one that a named policy was made for,
+    else the preset's or the file's own."""
+    from reinflow_so101.policy_card import env_of_task, known_env
+    from so101_sim.tasks.registry import describe, named, nearest_task, task_env
+
+    task = flag_value(argv, "--task")
+    if task:
+        named(task)
+    directory = None if of_file and not task else _named_policy(argv)
+    skipped = {"joint_frame", "model_path", "image_size"}
+    if task and directory:
+        env = env_of_task(directory, task)
+    elif task:
+        env, skipped = task_env(task), skipped | {"cameras"}  # those are the policy's, which nobody has looked at yet
+    elif known := known_env(directory) if directory else None:
+        env = known[0]
+        print(f"task as {known[1]} has it: {describe(env)}; flags override it")
+    else:
         return {}
-    env = stored_env(directory)
-    names = {f.name for f in dataclasses.fields(start)} - {"joint_frame", "model_path", "image_size"}
-    task = {f.name: getattr(env, f.name) for f in dataclasses.fields(env) if f.name in names}
-    print(f"task as {directory / CARD_FILE} has it; flags override it")
-    return task
+    fields = {f.name for f in dataclasses.fields(start)} - skipped
+    values = {f.name: getattr(env, f.name) for f in dataclasses.fields(env) if f.name in fields}
+    if start.chunks_per_episode and start.n_action_steps:
+        values["chunks_per_episode"] = -(-env.max_steps_per_episode // start.n_action_steps)
+    return values | {"task": task or nearest_task(env)}
+
+
+def _named_policy(argv: Sequence[str]) -> Path | None:
+    """The directory of the policy that a flag names; None without one, and where it cannot be had (which is refused
+    later, by name)."""
+    for family, field in PATH_FIELDS.items():
+        if path := flag_value(argv, "--" + field.replace("_", "-"), "--" + field):
+            from reinflow_so101.policies import FAMILIES
+
+            with contextlib.suppress(UserError, OSError):
+                return FAMILIES[family].directory(path)
+    return None
 
 
 def this_command(script: str) -> str:

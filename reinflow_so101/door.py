@@ -149,7 +149,7 @@ def _settle_cameras(entrance: Entrance, settings: DoorSettings, cameras: tuple[s
     if not known:
         entrance.problems.append(f"{entrance.source} looks through no camera: a VLA needs one")
         return
-    rename, where = _rename_map(settings.rename_map), "rename_map"
+    rename, where = read_rename_map(settings.rename_map), "rename_map"
     if not rename:
         rename, where = stored_rename(entrance.source), f"the rename map stored in {PREPROCESSOR_FILE}"
     given = {_bare(theirs): _bare(ours) for ours, theirs in rename.items()}
@@ -194,7 +194,8 @@ def _settle_cameras(entrance: Entrance, settings: DoorSettings, cameras: tuple[s
         )
 
 
-def _rename_map(text: str) -> dict[str, str]:
+def read_rename_map(text: str) -> dict[str, str]:
+    """The flag's JSON, environment -> policy; raises ConfigError."""
     if not text:
         return {}
     try:
@@ -316,8 +317,7 @@ def _of_dataset(path: str) -> dict[str, Statistics]:
 def _choose_frame(
     entrance: Entrance, settings: DoorSettings, found: Mapping[str, Statistics], target: JointFrame
 ) -> JointFrame | None:
-    frames = {**FRAMES, "lerobot_m100_100": _calibrated(settings.calibration)}
-    misfits = {name: _misfit(found, frame) for name, frame in frames.items()}
+    frames, misfits = joint_frames(settings.calibration), misfits_of(found, settings.calibration)
     if settings.joint_frame != "auto":
         if misfits[settings.joint_frame]:
             better = [name for name, misfit in misfits.items() if not misfit]
@@ -344,6 +344,16 @@ def _choose_frame(
     return frames[chosen]
 
 
+def joint_frames(calibration: str = "") -> dict[str, JointFrame]:
+    """All units that joints of an SO-101 are recorded in; raises ConfigError for what is no calibration of one."""
+    return {**FRAMES, "lerobot_m100_100": m100_frame(half_ranges(calibration)) if calibration else m100_frame()}
+
+
+def misfits_of(found: Mapping[str, Statistics], calibration: str = "") -> dict[str, str]:
+    """What statistics would put beyond a joint limit, by the units they are taken in; empty where they fit."""
+    return {name: _misfit(found, frame) for name, frame in joint_frames(calibration).items()}
+
+
 def _misfit(found: Mapping[str, Statistics], frame: JointFrame) -> str:
     """What statistics in a frame would put beyond a joint limit; empty if nothing."""
     for name in (ACTION, OBS_STATE):
@@ -361,23 +371,22 @@ def _misfit(found: Mapping[str, Statistics], frame: JointFrame) -> str:
     return ""
 
 
-def _calibrated(path: str) -> JointFrame:
-    """LeRobot's -100..100 units of the arm that a calibration file describes; of the ranges' middle without one."""
-    if not path:
-        return m100_frame()
-    content = read_json(Path(path))
+def half_ranges(calibration: str) -> tuple[float, ...]:
+    """Degrees to either side of the middle that the five arm joints turn by, from LeRobot's calibration file; raises
+    ConfigError."""
+    content = read_json(Path(calibration))
     try:
         halves = [(content[n]["range_max"] - content[n]["range_min"]) / 2 * 360 / MOTOR_STEPS for n in JOINT_NAMES[:-1]]
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"calibration={path} is no calibration of an SO-101 (it lacks {error}): take LeRobot's"
+            f"calibration={calibration} is no calibration of an SO-101 (it lacks {error}): take LeRobot's"
         ) from error
     if not all(1 <= half <= 180 for half in halves):
         raise ConfigError(
-            f"calibration={path} has ranges of {[round(2 * half) for half in halves]} degrees: calibrate again"
+            f"calibration={calibration} has ranges of {[round(2 * half) for half in halves]} degrees: calibrate again"
         )
     halves[4] = 180.0  # LeRobot's wrist_roll turns all the way
-    return m100_frame(tuple(halves))
+    return tuple(halves)
 
 
 def _folded(values: Statistics, source: JointFrame, target: JointFrame) -> Statistics:

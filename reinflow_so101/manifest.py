@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from reinflow_so101.checks import FlatConfig
+from so101_sim.tasks.registry import describe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,8 +35,7 @@ def manifest(policy: FlowPolicy, config: FlatConfig) -> str:
     lines += [
         f"actions: {config.chunk_size} predicted, {config.n_action_steps} executed, {config.chunks_per_episode} times "
         f"an episode, {env.control_hz or 50:g} a second; {config.num_denoising_steps} denoising steps, exported too",
-        f'task: "{config.instruction}", reward {config.reward_mode}, '
-        + ("block placed at random" if config.randomize_block else f"block at {config.block_pos}"),
+        f'task: {describe(env)}, told "{config.instruction}", reward {config.reward_mode}',
     ]
     if config.preset in DOCUMENTED:
         lines.append(

@@ -20,6 +20,8 @@ from reinflow_so101.command_line import (
     this_command,
 )
 from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, Entrance, enter
+from reinflow_so101.policy_card import known_env
+from so101_sim.tasks.registry import describe, differences, how_to_choose, nearest_task
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
     from reinflow.policy import FlowPolicy
@@ -108,9 +110,23 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
     if entrance.problems:
         raise ConfigError("; ".join(entrance.problems))
     config = _filled(config, entrance)
+    _compare_task(config, entrance)
     for line in entrance.lines:
         print(f"  {line}")
     return config
+
+
+def _compare_task(config: FlatConfig, entrance: Entrance) -> None:
+    """A line where the policy was made for another task than the one played, or says of none."""
+    known = known_env(entrance.source)
+    if known is None:
+        entrance.lines.append(
+            f"the policy says of no task that it was made for: {config.task} is played; {how_to_choose()}"
+        )
+    elif config.image_size and differences(config.env(), nearest_task(known[0])) != differences(
+        known[0], nearest_task(known[0])
+    ):
+        entrance.lines.append(f"the policy was made for another task: {describe(known[0])}")
 
 
 def published_sizes(config: FlatConfig) -> FlatConfig:

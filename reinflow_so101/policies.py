@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,10 +76,12 @@ class Family:
     build: Callable[[PolicySettings, Path, EnvConfig, int, str], FlowPolicy]  # to learn
     load: Callable[[Path, ActingSettings], FlowPolicy]  # to act without noise
     locate: Callable[[str], Path] = locate_policy
+    others: Mapping[str, str] = field(default_factory=dict)  # further embedded ones: name -> folder
 
     def directory(self, path: str) -> Path:
-        """The policy directory that a training's path names; raises PolicyDirectoryError where there is none."""
-        return self.embedded if path == self.embedded_name else self.locate(path)
+        """The policy directory that a path names; raises PolicyDirectoryError where there is none."""
+        folder = {self.embedded_name: self.folder, **self.others}.get(path)
+        return model_dir() / folder if folder else self.locate(path)
 
     @property
     def embedded(self) -> Path:
@@ -278,9 +280,22 @@ def _load_flow_mlp(path: Path, acting: ActingSettings) -> FlowPolicy:
 
 
 FAMILIES: dict[str, Family] = {
-    "smolvla": Family(("smolvla",), "tiny_smolvla", "tiny", _smolvla, _build_smolvla, _load_smolvla),
+    "smolvla": Family(
+        ("smolvla",),
+        "tiny_smolvla",
+        "tiny",
+        _smolvla,
+        _build_smolvla,
+        _load_smolvla,
+        others={"tiny-base": "tiny_smolvla_base"},
+    ),
     "pi0": Family(("pi0", "pi05"), "tiny_pi0", "tiny", _pi0, _build_pi0, _load_pi0),
     "flow_mlp": Family(("flow_mlp",), "flow_mlp", "embedded", _flow_mlp, _build_flow_mlp, _load_flow_mlp, Path),
 }
-EMBEDDED = {"tiny": FAMILIES["smolvla"], "tiny-pi0": FAMILIES["pi0"], "flow_mlp": FAMILIES["flow_mlp"]}
+EMBEDDED = {
+    "tiny": FAMILIES["smolvla"],
+    "tiny-base": replace(FAMILIES["smolvla"], folder="tiny_smolvla_base", embedded_name="tiny-base"),
+    "tiny-pi0": FAMILIES["pi0"],
+    "flow_mlp": FAMILIES["flow_mlp"],
+}
 """What a command that takes any family calls the embedded policies."""

@@ -1,4 +1,5 @@
-"""reinflow.json beside a policy: the environment that it was made for. LeRobot ignores the file."""
+"""reinflow.json beside a policy or in the metadata of a data set: the task and environment it was made for. LeRobot
+ignores the file."""
 
 from __future__ import annotations
 
@@ -14,41 +15,83 @@ from reinflow_vla.adaptation import features_of, known_cameras
 from reinflow_vla.directory import CONFIG_FILE, OBS_IMAGES_PREFIX, read_json
 from so101_mujoco_utils import CAMERA_NAMES
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import DEFAULT_TASK, TASKS, nearest_task, task_env
 
 CARD_FILE = "reinflow.json"
 TASK_GROUP = "so101_pick"  # what eval_info.json calls the task
+TRAIN_CONFIG_FILE = "train_config.json"  # of lerobot-train, beside its policies
+PLUGIN_ENV = "so101_reinflow"  # our environment's type in LeRobot
 
 
 def policy_card(env: EnvConfig) -> dict[str, str]:
     """File name -> content. Paths stay out of it: a policy travels."""
-    content = {"env": {name: value for name, value in dataclasses.asdict(env).items() if name != "model_path"}}
-    return {CARD_FILE: json.dumps(content, indent=2) + "\n"}
+    fields = {name: value for name, value in dataclasses.asdict(env).items() if name != "model_path"}
+    return {CARD_FILE: json.dumps({"task": nearest_task(env), "env": fields}, indent=2) + "\n"}
 
 
 def write_card(directory: Path, env: EnvConfig) -> None:
-    """Put the card beside a policy."""
+    """Put the card beside a policy, or into the metadata of a data set."""
     for name, content in policy_card(env).items():
         (directory / name).write_text(content, encoding="utf-8")
 
 
+def known_env(policy_dir: Path) -> tuple[EnvConfig, Path] | None:
+    """The environment that a policy was made for, and the file that says so: reinflow.json beside it, or what
+    lerobot-train wrote of its data set or of the environment it was evaluated in. None where nothing says so."""
+    check_sums(policy_dir, "take another export (after a change on purpose remove checksums.json)")
+    own = policy_dir / CARD_FILE
+    if own.is_file():
+        env = card_env(own)
+        return (env, own) if env else None
+    training = policy_dir / TRAIN_CONFIG_FILE
+    if not training.is_file():
+        return None
+    content = read_json(training)
+    played, data = content.get("env"), content.get("dataset")
+    if isinstance(played, dict) and played.get("type") == PLUGIN_ENV and played.get("task") in TASKS:
+        return as_seen_by(policy_dir, task_env(played["task"])), training
+    root = data.get("root") if isinstance(data, dict) else None
+    card = Path(str(root)) / "meta" / CARD_FILE
+    env = card_env(card) if root and card.is_file() else None
+    return (as_seen_by(policy_dir, env), card) if env else None
+
+
 def stored_env(policy_dir: Path) -> EnvConfig:
     """The policy's own environment, or the default one with the policy's cameras and image size."""
-    path = policy_dir / CARD_FILE
-    check_sums(policy_dir, "take another export (after a change on purpose remove checksums.json)")
-    stored = read_json(path).get("env") if path.exists() else None
-    if isinstance(stored, dict) and stored:
-        hints = get_type_hints(EnvConfig)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
-        for name, value in values.items():
-            if not is_of(value, hints[name]):
-                raise ConfigError(
-                    f"{path}: {name} is {value!r}, which is no {type_name(hints[name])}: mend or remove it"
-                )
-        return EnvConfig(**values)
-    if read_json(policy_dir / CONFIG_FILE).get("type") == "flow_mlp":
-        return EnvConfig(render_images=False, environment_state=True)
-    features, (cameras, _) = features_of(policy_dir), known_cameras(policy_dir)
+    known = known_env(policy_dir)
+    return known[0] if known else as_seen_by(policy_dir, task_env(DEFAULT_TASK))
+
+
+def env_of_task(policy_dir: Path, task: str) -> EnvConfig:
+    """A named task as a policy sees it: through its own cameras, in its own units and at its own rate."""
+    known = known_env(policy_dir)
+    env = as_seen_by(policy_dir, task_env(task))
+    if not known:
+        return env
+    own = known[0]
+    rate, substeps = own.control_hz, own.steps_per_action
+    return dataclasses.replace(env, joint_frame=own.joint_frame, control_hz=rate, steps_per_action=substeps)
+
+
+def card_env(path: Path) -> EnvConfig | None:
+    """The environment in a reinflow.json; None where it holds none. Raises ConfigError for what is no value of it."""
+    stored = read_json(path).get("env")
+    if not isinstance(stored, dict) or not stored:
+        return None
+    hints = get_type_hints(EnvConfig)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
+    for name, value in values.items():
+        if not is_of(value, hints[name]):
+            raise ConfigError(f"{path}: {name} is {value!r}, which is no {type_name(hints[name])}: mend or remove it")
+    return EnvConfig(**values)
+
+
+def as_seen_by(policy_dir: Path, env: EnvConfig) -> EnvConfig:
+    """An environment with a policy's own cameras and image size, without images for one that has no eyes."""
+    blind = read_json(policy_dir / CONFIG_FILE).get("type") == "flow_mlp"
+    cameras = [] if blind else known_cameras(policy_dir)[0]
     if not cameras:
-        return EnvConfig(render_images=False, environment_state=True)
-    size = int(features[OBS_IMAGES_PREFIX + cameras[0]].get("shape", [3, 256, 256])[1])
-    return EnvConfig(cameras=tuple(cameras) if set(cameras) <= set(CAMERA_NAMES) else CAMERA_NAMES, image_size=size)
+        return dataclasses.replace(env, render_images=False, environment_state=True)
+    size = int(features_of(policy_dir)[OBS_IMAGES_PREFIX + cameras[0]].get("shape", [3, 256, 256])[1])
+    seen = tuple(cameras) if set(cameras) <= set(CAMERA_NAMES) else CAMERA_NAMES
+    return dataclasses.replace(env, cameras=seen, image_size=size)

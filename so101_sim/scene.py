@@ -80,17 +80,18 @@ class PickScene:
         """Writes the start of an episode into `data`, drawing from `rng` what the configuration randomises.
 
         Args:
-            options: `block_pos` (3,) m and `block_yaw_rad` override the draw, for evaluations on a grid.
+            options: `block_pos` (3,) m and `block_yaw_rad` override the draw, for evaluations on a grid. Others are
+                somebody else's (LeRobot marks a new rollout by one) and left alone.
 
         Raises:
-            ValueError: an unknown option, or a start that already counts as a success.
+            ValueError: a block_pos of other than 3 numbers, or a start that already counts as a success.
         """
         position, yaw = draw_block(self.config, rng)
-        options = dict(options or {})
-        position = tuple(options.pop("block_pos", position))
-        yaw = float(options.pop("block_yaw_rad", yaw))
-        if options or len(position) != 3:
-            raise ValueError(f"reset takes block_pos (3 numbers) and block_yaw_rad; got {position}, {sorted(options)}")
+        options = options or {}
+        position = tuple(options.get("block_pos", position))
+        yaw = float(options.get("block_yaw_rad", yaw))
+        if len(position) != 3:
+            raise ValueError(f"reset takes a block_pos of 3 numbers; got {position}")
         start = clip_to_limits(np.deg2rad(draw_start_deg(self.config, rng)), self.limits_rad)[0]
         mujoco.mj_resetData(self.model, data)
         data.qpos[self.layout.joint_qpos] = start

@@ -28,7 +28,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "pi0_adapter": {"mujoco", "so101_sim", "so101_mujoco_utils"},
         "so101_gym_env": {"torch", "lerobot", "transformers", "reinflow_vla"},
     },
-    {"reinflow_so101": set()},
+    {"reinflow_so101": set(), "lerobot_env_so101_reinflow": {"torch", "reinflow", "reinflow_vla"}},
     {"train_reinflow": set()},
 )
 PLACES = {place: floor for floor, places in enumerate(FLOORS) for place in places}

@@ -25,10 +25,11 @@ from reinflow.settings import SEED, Range, cut, out_of_range
 from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
-from reinflow_so101.policy_card import TASK_GROUP, stored_env
+from reinflow_so101.policy_card import TASK_GROUP, env_of_task, known_env, stored_env
 from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
 from reinflow_vla.trust import no_remote_code
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import TASKS, describe, how_to_choose, shows_one_scene
 
 if TYPE_CHECKING:
     from reinflow.env import Observation
@@ -73,8 +74,10 @@ class EvalConfig:
     """Units of those statistics."""
     calibration: str = ""
     """LeRobot's calibration file of one's own arm, for lerobot_m100_100."""
+    task: str = ""
+    """Named task to play: lift, lift_wide, lift_fixed. Empty takes the one that the policy was made for."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    """The environment; defaults come from reinflow.json beside the policy, if there is one."""
+    """The environment: the task's, as the policy sees it; these flags override it."""
 
     @property
     def acting(self) -> ActingSettings:
@@ -87,6 +90,8 @@ class EvalConfig:
 
 def check_config(config: EvalConfig) -> None:
     """Raise a ConfigError for what cannot work."""
+    if config.task and config.task not in TASKS:
+        raise ConfigError(f"task={config.task} is unknown: choose one of {', '.join(TASKS)}")
     if problems := list(out_of_range(config)):
         raise ConfigError("; ".join(problems))
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
@@ -163,6 +168,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)  # where nothing can be written nothing is played
     make_env = partial(make_vector_env, config.env)
+    print(which_task(config, policy_dir))
     act = make_actor(config, policy_dir)
     result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
     if config.video:
@@ -172,6 +178,22 @@ def run_eval(config: EvalConfig) -> EvalResult:
     result.print(Console())
     print(f"wrote {path}")
     return result
+
+
+def which_task(config: EvalConfig, policy_dir: Path) -> str:
+    """What is played and why, and a warning where it shows one scene only."""
+    known = known_env(policy_dir)
+    if config.task or known is None:
+        why = "as --task says" if config.task else f"{policy_dir} says of no task; {how_to_choose()}"
+    else:
+        why = f"as {known[1]} says; {how_to_choose()}"
+    lines = [f"task: {describe(config.env)}; {why}"]
+    if shows_one_scene(config.env) and config.episodes > 1:
+        lines.append(
+            f"warning: all {config.episodes} seeds show the same scene, so this is the success in one scene; "
+            f"--task lift draws the block's place, --env.start-noise-deg the arm's pose"
+        )
+    return "\n".join(lines)
 
 
 def record_video(config: EvalConfig, act: Act) -> Path:
@@ -193,7 +215,9 @@ def record_video(config: EvalConfig, act: Act) -> Path:
 def parse_args(argv: Sequence[str]) -> EvalConfig:
     """Flags; the environment's defaults come from the policy that --policy-path names."""
     path = flag_value(argv, "--policy-path", "--policy_path")
-    env = stored_env(find_policy(path)) if path else EnvConfig()
+    task, env = flag_value(argv, "--task"), EnvConfig()
+    if path:
+        env = env_of_task(find_policy(path), task) if task else stored_env(find_policy(path))
     default = EvalConfig(policy_path=tyro.MISSING, output_dir=tyro.MISSING, env=env)
     return tyro.cli(EvalConfig, args=list(argv), default=default, description=__doc__, prog="reinflow-eval")
 

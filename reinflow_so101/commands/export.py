@@ -30,6 +30,7 @@ from reinflow_vla.directory import (
     write_json,
 )
 from reinflow_vla.smolvla_directory import VLM_FOLDER, write_references
+from so101_sim.tasks.registry import describe
 
 CARD = "README.md"
 FLAGS = {"preset": "preset", "seed": "seed", "episodes": "num_episodes"}
@@ -109,8 +110,7 @@ def model_card(policy_dir: Path) -> str:
         "license_name: that-of-the-base-model", "tags: [robotics, lerobot, reinflow, so101]", "---", "",
         f"# {stored.get('type')} fine-tuned by ReinFlow in simulation", "",
         f"- Base: {base}; its licence holds for this policy too",
-        f'- Task: "{env.instruction}" with an SO-101 in MuJoCo, block '
-        + ("placed at random" if env.randomize_block else f"at {env.block_pos}"),
+        f'- Task: {describe(env)}, told "{env.instruction}", with an SO-101 in MuJoCo',
         f"- Joints: LeRobot's {'degrees' if env.joint_frame == 'lerobot' else env.joint_frame}; cameras: "
         f"{', '.join(env.cameras)}; {env.control_hz or 50:g} control steps a second",
         f"- Actions: {stored.get('n_action_steps', stored.get('chunk_size'))} executed of "
@@ -125,12 +125,22 @@ def model_card(policy_dir: Path) -> str:
                 f"- Success {when} training: {overall['pc_success']:.1f} % [{low:.1f}, {high:.1f}] of "
                 f"{overall['n_episodes']} episodes, seeds {min(seeds)} to {max(seeds)}"
             )
+    if needs_materializing(policy_dir):
+        lines.append(
+            "- For LeRobot's own commands: `reinflow-materialize --policy-dir THIS --output-dir DIR` writes a copy "
+            "with the absolute path of its backbone's folder"
+        )
     if settings:
         flags = (
             f"--preset {settings.get('preset')} --seed {settings.get('seed')} --episodes {settings.get('num_episodes')}"
         )
         lines.append(f"- Trained by `python train_reinflow.py {flags}` and the settings in the run's config.json")
     return "\n".join(lines) + "\n"
+
+
+def needs_materializing(policy_dir: Path) -> bool:
+    """Whether a policy names its backbone or tokenizer by a path inside itself, which LeRobot looks for elsewhere."""
+    return str(read_json(policy_dir / CONFIG_FILE).get("vlm_model_name", "")).startswith(".")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -144,7 +154,17 @@ def parse_args(argv: Sequence[str]) -> ExportConfig:
 
 def main() -> None:
     """reinflow-export."""
-    run_command("reinflow-export", lambda: print(f"wrote {export(parse_args(sys.argv[1:]))}"))
+    run_command("reinflow-export", lambda: tell(export(parse_args(sys.argv[1:]))))
+
+
+def tell(target: Path) -> None:
+    """What was written, and what plain LeRobot needs of it."""
+    print(f"wrote {target}")
+    if needs_materializing(target):
+        print(
+            f"it brings its backbone's folder along, so it can be moved; for LeRobot's own commands write a copy with "
+            f"absolute paths: reinflow-materialize --policy-dir {target} --output-dir DIR"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""reinflow-materialize: a copy of a policy directory that plain LeRobot loads from anywhere.
+"""reinflow-materialize: a copy of a policy that plain LeRobot loads from anywhere.
 
-reinflow-materialize --policy-dir model/tiny_smolvla --output-dir /some/where
+A SmolVLA names the folder of its backbone. An embedded policy, and what is trained from it, names one inside itself, by
+a relative path, so that it can be moved; LeRobot would look for that in the working directory.
+
+    reinflow-materialize --policy-dir tiny-base --output-dir runs/base
+    lerobot-train --policy.path=runs/base ...
 """
 
 from __future__ import annotations
@@ -10,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reinflow import run_command
+from reinflow.checkpoint import CHECKPOINTS, PRETRAINED
+from reinflow_so101.commands.evaluate import find_policy
+from reinflow_so101.policies import EMBEDDED
 from reinflow_vla.directory import (
     CONFIG_FILE,
     PolicyDirectoryError,
@@ -28,7 +35,7 @@ class MaterializeConfig:
     """Copy a policy directory and write absolute paths into it, for programs that know only LeRobot."""
 
     policy_dir: Path
-    """Directory to copy (for instance model/tiny_smolvla)."""
+    """What to copy: a policy directory, a run (its best checkpoint), or "tiny", "tiny-base", "tiny-pi0"."""
     output_dir: Path
     """Where the copy goes and must stay; refused if it exists."""
 
@@ -41,7 +48,9 @@ def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
     Returns:
         The absolute path of the copy. It must not be moved afterwards (materialise again instead).
     """
-    source, target = locate_policy(policy_dir), Path(output_dir).resolve()
+    ours = str(policy_dir) in EMBEDDED or any((Path(policy_dir) / name).is_dir() for name in (CHECKPOINTS, PRETRAINED))
+    source = locate_policy(find_policy(str(policy_dir)) if ours else policy_dir)
+    target = Path(output_dir).resolve()
     refuse_existing(target)
     vlm_name = read_json(source / CONFIG_FILE).get("vlm_model_name")
     folder = Path(resolve_folder(source, str(vlm_name or stored_tokenizer(source))))

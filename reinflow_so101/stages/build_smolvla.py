@@ -173,8 +173,9 @@ def build_policy(config: TinyConfig) -> None:
         chunk_size=config.chunk_size,
         n_action_steps=config.chunk_size,
         num_steps=config.num_steps,
-        freeze_vision_encoder=False,
-        train_expert_only=False,
+        freeze_vision_encoder=True,  # as smolvla_base; pre-training and reinflow-sft say for themselves what learns
+        train_expert_only=True,
+        train_state_proj=False,
         push_to_hub=False,
     )
     torch.manual_seed(config.seed)

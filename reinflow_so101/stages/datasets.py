@@ -1,27 +1,39 @@
-"""Whether a LeRobotDataset can be learned from, by what it says of itself, before anything of it is decoded."""
+"""A LeRobotDataset of whole episodes: whether it can be learned from, by what it says of itself, and then in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reinflow import UserError
+from reinflow_so101.stages.demonstrations import DECISION_STEPS, quiet_lerobot
 from reinflow_vla.directory import ACTION, OBS_IMAGES_PREFIX, OBS_STATE, read_json
 from so101_mujoco_utils import NUM_JOINTS
 
+if TYPE_CHECKING:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
 CONTROL_FPS = 50
+MEMORY_SHARE = 0.6  # of what is free, for images
 
 
 class SftError(UserError, RuntimeError):
     """The fine-tuning cannot start; the message holds the remedy."""
 
 
-def check_dataset(root: Path, cameras: Sequence[str] = ()) -> None:
+def check_dataset(root: Path, cameras: Sequence[str] = (), control_hz: float = 0.0) -> None:
     """Refuse a data set that cannot be learned from, by what it says of itself; nothing of it is decoded.
 
     Args:
         root: of a LeRobotDataset.
         cameras: features that the policy looks through.
+        control_hz: frames a second; 0 is the simulator's usual rate.
 
     Raises:
         SftError: it is not there, of an older version, half-written, of another robot, rate or other cameras.
@@ -43,15 +55,127 @@ def check_dataset(root: Path, cameras: Sequence[str] = ()) -> None:
     for name in (OBS_STATE, ACTION):
         if (shape := features.get(name, {}).get("shape")) != [NUM_JOINTS]:
             raise SftError(f"{root} has {name} of shape {shape}, the SO-101 needs [{NUM_JOINTS}]: use data of this arm")
-    if round(float(info.get("fps") or 0)) != CONTROL_FPS:
+    rate = control_hz or CONTROL_FPS
+    if round(float(info.get("fps") or 0)) != round(rate):
         raise SftError(
-            f"{root} is of {info.get('fps')} frames a second, the simulator's control steps are {CONTROL_FPS}: record "
-            f"with --fps={CONTROL_FPS}"
+            f"{root} is of {info.get('fps')} frames a second, the simulator's control steps are {rate:g}: record with "
+            f"--fps={rate:g}, or have the arm simulated at that rate: --control-hz {info.get('fps')}"
         )
     found = [name for name in features if name.startswith(OBS_IMAGES_PREFIX)]
     absent = [name for name in cameras if name not in found]
     if absent:
         raise SftError(
-            f"{root} lacks {', '.join(absent)}, the policy's eyes; it has {', '.join(found) or 'none'}: take "
-            "a policy with those cameras, or record with the policy's"
+            f"{root} lacks {', '.join(absent)}, the policy's eyes; it has {', '.join(found) or 'none'}: say which is "
+            "which, recorded -> policy: --rename-map "
+            f"""'{{"{(found or ["observation.images.NAME"])[0]}": "{absent[0]}"}}'"""
+        )
+
+
+@dataclass
+class Demonstrations:
+    """E episodes of up to L frames in memory; images of the kept frames only. What lies beyond the end of an episode
+    repeats its last frame."""
+
+    state: NDArray[np.float32]  # (E, L, 6)
+    action: NDArray[np.float32]  # (E, L, 6)
+    images: dict[str, NDArray[np.uint8]]  # the policy's camera: (M, 3, h, w), M kept frames
+    kept: NDArray[np.int64]  # (E, L) row in images, -1 where the frame is not kept
+    lengths: NDArray[np.int64]  # (E,) frames
+    instructions: list[str]
+    instruction_of: NDArray[np.int64]  # (E,) index
+    stats: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+
+
+def decisions(length: int, every: int = DECISION_STEPS) -> NDArray[np.int64]:
+    """Control steps at which a policy with whole chunks decides."""
+    return np.arange(0, length, every)
+
+
+def frames_to_keep(length: int, jitter: int, stride: int = 5, every: int = DECISION_STEPS) -> NDArray[np.int64]:
+    """Frames of an episode that can be drawn: all near the decisions, and every fifth."""
+    frame = np.arange(length)
+    near = np.abs(frame[:, None] - decisions(length, every)).min(axis=1) <= jitter
+    return frame[near | (frame % stride == 0)]
+
+
+def read_demonstrations(
+    root: Path,
+    repo_id: str,
+    jitter: int,
+    cameras: Mapping[str, str] | None = None,
+    every: int = DECISION_STEPS,
+    control_hz: float = 0.0,
+) -> Demonstrations:
+    """Read and decode a dataset of whole episodes.
+
+    Args:
+        root: of the dataset.
+        repo_id: its name.
+        jitter: frames so near to a decision are kept.
+        cameras: the policy's feature -> the dataset's; None takes all that there are.
+        every: control steps between decisions.
+        control_hz: as in `check_dataset`.
+
+    Raises:
+        SftError: it is not there, not whole, or too large for memory.
+    """
+    check_dataset(root, control_hz=control_hz)
+    quiet_lerobot()
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    try:
+        dataset = LeRobotDataset(repo_id, root=root, video_backend="pyav")
+        names = [OBS_STATE, ACTION, "episode_index", "task_index"]
+        columns = dataset.hf_dataset.with_format("numpy", columns=names)[:]
+        episode = np.asarray(columns["episode_index"])
+        state, action = (np.stack(columns[name]).astype(np.float32) for name in (OBS_STATE, ACTION))
+        task = np.asarray(columns["task_index"])
+    except Exception as error:  # a half-written one shows itself in any way
+        reason = " ".join(str(error).split())[:200]
+        raise SftError(
+            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}): record it again"
+        ) from error
+    wanted = dict(cameras) if cameras is not None else {key: key for key in dataset.meta.camera_keys}
+    starts = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
+    lengths = np.diff(np.append(starts, len(episode)))
+    index = starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)  # (E, L)
+    kept = np.full(index.shape, -1, dtype=np.int64)
+    rows: list[int] = []
+    for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        keep = frames_to_keep(int(length), jitter, every=every)
+        kept[number, keep] = len(rows) + np.arange(len(keep))
+        rows += (start + keep).tolist()
+    _refuse_too_large(root, [dataset.meta.features[name]["shape"] for name in wanted.values()], len(rows))
+    return Demonstrations(
+        state=state[index],
+        action=action[index],
+        images=_decoded(dataset, rows, wanted),
+        kept=kept,
+        lengths=lengths,
+        instructions=[str(text) for text in dataset.meta.tasks.sort_values("task_index").index],
+        instruction_of=task[starts],
+        stats={ACTION: {name: np.asarray(dataset.meta.stats[ACTION][name]) for name in ("mean", "std")}},
+    )
+
+
+def _decoded(dataset: LeRobotDataset, rows: list[int], cameras: Mapping[str, str]) -> dict[str, NDArray[np.uint8]]:
+    """Images (M, 3, h, w) of these rows by the policy's camera."""
+    from rich.progress import track
+
+    images: dict[str, list[NDArray[np.uint8]]] = {key: [] for key in cameras}
+    for row in track(rows, "decoding", disable=not sys.stdout.isatty()):
+        frame = dataset[row]
+        for key, recorded in cameras.items():
+            images[key].append((frame[recorded] * 255.0).round().byte().numpy())
+    return {key: np.stack(pictures) for key, pictures in images.items()}
+
+
+def _refuse_too_large(root: Path, shapes: Sequence[Sequence[int]], frames: int) -> None:
+    import psutil
+
+    needed = frames * sum(int(np.prod(shape)) for shape in shapes)
+    if needed > MEMORY_SHARE * psutil.virtual_memory().available:
+        raise SftError(
+            f"the images of {root} take {needed / 2**30:.1f} GiB of memory, more than is free: record smaller ones, or "
+            "train with lerobot-train, which reads them from the disk"
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, UserError, run_command
+from reinflow_so101.policy_card import write_card
 from so101_mujoco_utils import JOINT_NAMES
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import demonstration_env, describe, named, task_env
 
 if TYPE_CHECKING:  # MuJoCo and LeRobot are loaded when a recording starts
     from so101_gym_env import SO101PickEnv
     from so101_sim.expert import ScriptedExpert
 
 DECISION_STEPS = 50
+# A block of three pixels: full resolution of colour and little loss, where LeRobot's default halves one (yuv420p) and
+# compresses as for people to watch (crf 30).
+FINE_VIDEO: dict[str, Any] = {"vcodec": "h264", "pix_fmt": "yuv444p", "crf": 10, "g": 2}
 
 
 class DemoError(UserError, RuntimeError):
@@ -41,34 +46,39 @@ class DemoConfig:
 
     output_dir: Path
     """Folder of the dataset; refused if it exists."""
+    task: str = "lift"
+    """Named task to record (so101_sim/tasks/registry.py): lift, lift_wide, lift_fixed. The fields below override it."""
     episodes: int = 300
     """Successful episodes to keep; failed ones are not stored."""
     first_seed: int = 1_000
     """Episode i tried uses environment seed first_seed + i; the default stays below the trainer's tuning seeds."""
     repo_id: str = "local/so101_pick"
     """Name in the dataset's metadata; nothing is uploaded."""
-    cameras: tuple[str, ...] = ("camera_up", "wrist_camera")
-    """Recorded cameras."""
+    cameras: tuple[str, ...] = ()
+    """Recorded cameras; empty takes the task's."""
     image_size: int = 96
     """Pixels, height and width."""
     video: bool = False
-    """h264 video instead of images: smaller and faster for lerobot-train, but lossy, and the block is 3 pixels wide."""
-    block_radius_range: tuple[float, float] = (0.19, 0.29)
-    """Metres from the base axis: a centimetre beyond the task's, so that its edge is not the data's."""
-    block_angle_deg: float = 33.0
-    """To either side of straight ahead; the task's 30 and a margin."""
-    block_yaw_deg: float = 26.0
-    """Turn of the block to either side; the task's 23 and a margin."""
+    """h264 video instead of images: five times as fast for lerobot-train, which decodes all images of a chunk to get at
+    its actions. Nearly lossless, since the block is 3 pixels wide."""
+    block_radius_range: tuple[float, float] | None = None
+    """Metres from the base axis; None takes the task's, for lift a centimetre beyond, so that its edge is not the
+    data's."""
+    block_angle_deg: float | None = None
+    """To either side of straight ahead; None takes the task's, for lift 3 degrees beyond."""
+    block_yaw_deg: float | None = None
+    """Turn of the block to either side; None takes the task's, for lift 3 degrees beyond."""
     start_noise_deg: float = 2.0
     """Uniform noise on every starting joint, to either side."""
     disturbance_deg: tuple[float, ...] = (4.0, 1.5, 1.0)
     """Largest smooth disturbance of an arm joint in each chunk; the second closes on the block and bears less."""
-    starting_position: tuple[float, ...] = (0.06, -100.21, 89.95, 66.46, -84.04, 1.0)
-    """MuJoCo degrees. The wrist is turned so that the jaws close across the block."""
-    instruction: str = "pick up the block"
-    """The task string of every frame."""
+    starting_position: tuple[float, ...] | None = None
+    """MuJoCo degrees; None takes the task's."""
+    instruction: str = ""
+    """The task string of every frame; empty takes the task's."""
 
     def __post_init__(self) -> None:
+        named(self.task)
         if self.episodes < 1:
             raise ConfigError(f"episodes is {self.episodes}: use at least 1")
         if self.first_seed < 0:
@@ -76,29 +86,32 @@ class DemoConfig:
         if len(self.disturbance_deg) != 3 or min(self.disturbance_deg) < 0:
             raise ConfigError(f"disturbance_deg is {self.disturbance_deg}: give three numbers of at least 0")
 
+    def env(self) -> EnvConfig:
+        """The environment that is recorded; it never ends early, so that episodes are complete."""
+        names = ("cameras", "block_radius_range", "block_angle_deg", "block_yaw_deg", "starting_position")
+        given: dict[str, Any] = {name: getattr(self, name) for name in (*names, "instruction") if getattr(self, name)}
+        changes: dict[str, Any] = {
+            "image_size": self.image_size,
+            "start_noise_deg": self.start_noise_deg,
+            "lift_threshold": 10.0,
+        }
+        return replace(demonstration_env(self.task), **changes, **given)
+
+    def task_env(self) -> EnvConfig:
+        """The environment that the recording is for, whose name travels with the data: the task's own ranges, or those
+        that were given."""
+        ours, task = self.env(), task_env(self.task)
+        margins = named(self.task).demonstrations
+        kept: dict[str, Any] = {name: getattr(task, name) for name in margins if not getattr(self, name)}
+        noise, height = task.start_noise_deg, task.lift_threshold
+        return replace(ours, **kept, start_noise_deg=noise, lift_threshold=height)
+
 
 def make_env(config: DemoConfig, **overrides: Any) -> SO101PickEnv:
-    """The task's environment with the recording's ranges; it never ends early, so that episodes are complete.
-
-    `overrides`: further fields of EnvConfig, such as render_images=False.
-    """
+    """The recorded environment. `overrides`: further fields of EnvConfig, such as render_images=False."""
     from so101_gym_env import SO101PickEnv
 
-    return SO101PickEnv(
-        EnvConfig(
-            cameras=config.cameras,
-            image_size=config.image_size,
-            randomize_block=True,
-            block_radius_range=config.block_radius_range,
-            block_angle_deg=config.block_angle_deg,
-            block_yaw_deg=config.block_yaw_deg,
-            starting_position=config.starting_position,
-            start_noise_deg=config.start_noise_deg,
-            instruction=config.instruction,
-            lift_threshold=10.0,
-        ),
-        **overrides,
-    )
+    return SO101PickEnv(config.env(), **overrides)
 
 
 def smooth_disturbance(rng: np.random.Generator, steps: int, largest_deg: float) -> NDArray[np.float64]:
@@ -142,7 +155,7 @@ def dataset_features(config: DemoConfig) -> dict[str, dict[str, Any]]:
     joints = {"dtype": "float32", "shape": (len(names),), "names": names}
     shape = (config.image_size, config.image_size, 3)
     image = {"dtype": "video" if config.video else "image", "shape": shape, "names": ["height", "width", "channels"]}
-    cameras = {f"observation.images.{camera}": dict(image) for camera in config.cameras}
+    cameras = {f"observation.images.{camera}": dict(image) for camera in config.env().cameras}
     return {"observation.state": dict(joints), "action": dict(joints), **cameras}
 
 
@@ -161,6 +174,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
 
     if config.output_dir.exists():
         raise DemoError(f"{config.output_dir} exists: choose another --output-dir or remove it first")
+    print(f"recording {describe(config.task_env())}")
     env = make_env(config)
     expert = ScriptedExpert(env.model)
     dataset = LeRobotDataset.create(
@@ -171,7 +185,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
         robot_type="so101_follower",
         use_videos=config.video,
         image_writer_threads=0 if config.video else 2,
-        rgb_encoder=RGBEncoderConfig(vcodec="h264") if config.video else None,
+        rgb_encoder=RGBEncoderConfig(**FINE_VIDEO) if config.video else None,
     )
     kept = tried = 0
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
@@ -183,7 +197,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
                 frames, success = record_episode(env, expert, seed, config.disturbance_deg)
                 tried += 1
                 if success:
-                    store(dataset, frames, config)
+                    store(dataset, frames, env.task)
                     kept += 1
                 progress.update(bar, completed=kept, rate=f"{kept} of {tried} lifted")
                 if tried >= 20 and kept < tried / 4:
@@ -193,6 +207,7 @@ def record(config: DemoConfig) -> tuple[int, int]:
     finally:
         dataset.finalize()
         env.close()
+    write_card(config.output_dir / "meta", config.task_env())
     print(f"wrote {config.output_dir}: {kept} episodes of {tried} tried, {150 * kept} frames")
     return kept, tried
 
@@ -206,16 +221,16 @@ def quiet_lerobot() -> None:
     datasets.disable_progress_bars()
 
 
-def store(dataset: Any, frames: list[dict[str, Any]], config: DemoConfig) -> None:
+def store(dataset: Any, frames: list[dict[str, Any]], instruction: str) -> None:
     """Add one episode to the dataset."""
     for frame in frames:
-        images = {f"observation.images.{camera}": frame["pixels"][camera] for camera in config.cameras}
+        images = {f"observation.images.{camera}": image for camera, image in frame["pixels"].items()}
         dataset.add_frame(
             {
                 "observation.state": frame["agent_pos"].astype(np.float32),
                 "action": frame["action"].astype(np.float32),
                 **images,
-                "task": config.instruction,
+                "task": instruction,
             }
         )
     dataset.save_episode()

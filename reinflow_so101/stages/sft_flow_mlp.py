@@ -26,6 +26,7 @@ from reinflow_so101.policy_card import write_card
 from reinflow_so101.stages.demonstrations import DemoConfig
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import describe, named, task_env
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,8 @@ class FlowMlpSftConfig:
 
     output_dir: Path
     """Gets the policy, reinflow.json (its environment) and sft.json; refused if it exists."""
+    task: str = "lift"
+    """Named task to learn: lift, lift_wide, lift_fixed."""
     episodes: int = 30
     """Successful demonstrations. Few make a weak policy, which is what RL is to mend."""
     first_seed: int = 1_000
@@ -81,6 +84,7 @@ class FlowMlpSftConfig:
     """Of weights, batches and flow noise."""
 
     def __post_init__(self) -> None:
+        named(self.task)
         for name in ("episodes", "steps", "batch_size", "hidden_size", "num_denoising_steps", "num_parallel_envs"):
             if getattr(self, name) < 1:
                 raise FlowMlpSftError(f"{name} is {getattr(self, name)}: use at least 1")
@@ -123,7 +127,7 @@ def collect(config: FlowMlpSftConfig) -> StateDemonstrations:
     from reinflow_so101.stages.demonstrations import make_env, record_episode
     from so101_sim.expert import ScriptedExpert
 
-    demos = DemoConfig(output_dir=Path())
+    demos = DemoConfig(output_dir=Path(), task=config.task)
     env = make_env(demos, render_images=False, environment_state=True)
     expert = ScriptedExpert(env.model)
     states: list[NDArray[np.float32]] = []
@@ -191,19 +195,10 @@ def train(config: FlowMlpSftConfig, data: StateDemonstrations) -> tuple[FlowMLP,
     return policy.eval(), float(np.mean(losses[-100:]))
 
 
-def task_environment() -> EnvConfig:
-    """The task of ``train_reinflow.py --preset flow_mlp``: random block, no perturbation of the start, no images."""
-    demos = DemoConfig(output_dir=Path())
-    return EnvConfig(
-        cameras=demos.cameras,
-        image_size=demos.image_size,
-        render_images=False,
-        environment_state=True,
-        randomize_block=True,
-        starting_position=demos.starting_position,
-        instruction=demos.instruction,
-        reward_mode="staged",
-    )
+def task_environment(task: str = "lift") -> EnvConfig:
+    """The task that the policy learns, on simulator state, without images."""
+    size = DemoConfig.image_size  # of what is shown to people
+    return task_env(task, image_size=size, render_images=False, environment_state=True)
 
 
 def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | None:
@@ -216,14 +211,14 @@ def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | 
     if not config.eval_episodes:
         return None
     act = noise_free_actor(policy, ChainSpec(config.num_denoising_steps))
-    make_env = partial(make_vector_env, task_environment())
+    make_env = partial(make_vector_env, task_environment(config.task))
     return evaluate_seeds(act, make_env, config.eval_seed, config.eval_episodes, config.num_parallel_envs)
 
 
 def save(config: FlowMlpSftConfig, policy: FlowMLP, record: dict[str, Any]) -> None:
     """The policy, its environment (reinflow.json), and how it was made (sft.json)."""
     policy.save_pretrained(config.output_dir)
-    write_card(config.output_dir, task_environment())
+    write_card(config.output_dir, task_environment(config.task))
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "output_dir"}
     (config.output_dir / "sft.json").write_text(json.dumps(settings | record, indent=2) + "\n", encoding="utf-8")
 
@@ -232,6 +227,7 @@ def finetune(config: FlowMlpSftConfig) -> dict[str, Any]:
     """Collect, train, evaluate, save; returns what was measured."""
     if config.output_dir.exists():
         raise FlowMlpSftError(f"output_dir={config.output_dir} exists: choose another or remove it first")
+    print(f"task: {describe(task_environment(config.task))}", flush=True)
     start = time.perf_counter()
     data = collect(config)
     print(f"{len(data.state)} of {data.tried} demonstrations lifted, {time.perf_counter() - start:.1f} s", flush=True)

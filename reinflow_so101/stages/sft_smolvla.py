@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +25,29 @@ from numpy.typing import NDArray
 
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_TUNING_SEED
-from reinflow_so101.policy_card import write_card
-from reinflow_so101.stages.datasets import SftError, check_dataset
-from reinflow_so101.stages.demonstrations import DECISION_STEPS, quiet_lerobot
+from reinflow_so101.door import DoorSettings, enter, read_rename_map
+from reinflow_so101.policies import FAMILIES
+from reinflow_so101.policy_card import CARD_FILE, as_seen_by, card_env, env_of_task, known_env, write_card
+from reinflow_so101.stages.batches import TrainingBatches, chunk_at
+from reinflow_so101.stages.datasets import (
+    Demonstrations,
+    SftError,
+    check_dataset,
+    decisions,
+    read_demonstrations,
+)
+from reinflow_so101.stages.demonstrations import DECISION_STEPS
 from reinflow_vla.adaptation import known_cameras
-from reinflow_vla.directory import OBS_IMAGES_PREFIX, locate_policy, refuse_existing, write_json
+from reinflow_vla.directory import (
+    CONFIG_FILE,
+    OBS_IMAGES_PREFIX,
+    read_json,
+    refuse_existing,
+    write_json,
+)
+from so101_mujoco_utils import CAMERA_NAMES
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import describe, how_to_choose, named
 
 if TYPE_CHECKING:
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -48,9 +64,10 @@ class SftConfig:
     """Fine-tune a tiny SmolVLA on a LeRobotDataset of whole episodes."""
 
     policy_dir: Path
-    """Policy directory to start from: that of reinflow-pretrain, or an earlier SFT."""
+    """SmolVLA to start from: a policy directory or hub id; "tiny-base" names the embedded base, "tiny" the embedded
+    policy."""
     dataset_root: Path
-    """Dataset of reinflow-demos."""
+    """LeRobotDataset of reinflow-demos, lerobot-record or a simulator; episodes of any length."""
     output_dir: Path
     """Gets checkpoints/<step>/, sft.json and metrics.jsonl; refused if it exists."""
     repo_id: str = "local/so101_pick"
@@ -88,8 +105,14 @@ class SftConfig:
     """First seed of these: tuning seeds, 5,000 to 9,999."""
     num_steps: tuple[int, ...] = (1, 4)
     """Denoising steps to evaluate with; the first is stored in the exported policy."""
-    starting_position: tuple[float, ...] = (0.06, -100.21, 89.95, 66.46, -84.04, 1.0)
-    """Start pose of the evaluation, MuJoCo degrees; as in the demonstrations."""
+    task: str = ""
+    """Named task of the evaluation: lift, lift_wide, lift_fixed. Empty takes what the dataset was recorded for, else
+    what the policy was made for."""
+    rename_map: str = ""
+    """Which recorded camera is which of the policy's, and for the evaluation which of the scene's, in LeRobot's form:
+    '{"observation.images.front": "observation.images.camera_up"}'. Empty: by name."""
+    control_hz: float = 0.0
+    """Frames a second of the dataset, where they are not 50: the evaluation drives the arm at that rate."""
     seed: int = 0
     """Of batches and flow noise."""
 
@@ -102,176 +125,30 @@ class SftConfig:
             raise ConfigError(f"num_steps is {self.num_steps}: name at least one number of denoising steps, 1 or more")
         if min(self.steps, self.batch_size, self.save_every) < 1:
             raise ConfigError("steps, batch_size and save_every must be at least 1")
+        if self.task:
+            named(self.task)
 
 
-# ------------------------------------------------------------------------------------------- the data
-
-
-@dataclass
-class Demonstrations:
-    """E episodes of L frames in memory; images of the kept frames only."""
-
-    state: NDArray[np.float32]  # (E, L, 6)
-    action: NDArray[np.float32]  # (E, L, 6)
-    images: dict[str, NDArray[np.uint8]]  # camera key: (M, 3, h, w), M kept frames
-    kept: NDArray[np.int64]  # (E, L) row in images, -1 where the frame is not kept
-    instruction: str
-    stats: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        """Frames per episode."""
-        return self.state.shape[1]
-
-
-def frames_to_keep(length: int, jitter: int, stride: int = 5) -> NDArray[np.int64]:
-    """Frames of an episode that can be drawn: all near the decisions, and every fifth."""
-    frame = np.arange(length)
-    near = np.abs(frame[:, None] - decisions(length)).min(axis=1) <= jitter
-    return frame[near | (frame % stride == 0)]
-
-
-def decisions(length: int) -> NDArray[np.int64]:
-    """Control steps at which a policy with whole chunks decides."""
-    return np.arange(0, length, DECISION_STEPS)
-
-
-def read_demonstrations(root: Path, repo_id: str, jitter: int) -> Demonstrations:
-    """Read and decode a dataset of equally long episodes.
-
-    Raises:
-        SftError: it is not there, or its episodes differ in length.
-    """
-    check_dataset(root)
-    quiet_lerobot()
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    try:
-        dataset = LeRobotDataset(repo_id, root=root, video_backend="pyav")
-    except Exception as error:  # a half-written one shows itself in any way
-        reason = " ".join(str(error).split())[:200]
-        raise SftError(
-            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}): record it again"
-        ) from error
-    columns = dataset.hf_dataset.with_format("numpy", columns=["observation.state", "action", "episode_index"])[:]
-    episode = np.asarray(columns["episode_index"])
-    lengths = np.unique(np.bincount(episode))
-    if len(lengths) != 1:
-        raise SftError(f"{root} has episodes of {lengths.min()} to {lengths.max()} frames, equal lengths are needed")
-    length = int(lengths[0])
-    keep = frames_to_keep(length, jitter)
-    kept = np.full((len(episode) // length, length), -1, dtype=np.int64)
-    kept[:, keep] = np.arange(len(kept) * len(keep)).reshape(len(kept), -1)
-    images: dict[str, list[NDArray[np.uint8]]] = {key: [] for key in dataset.meta.camera_keys}
-    for index in np.flatnonzero(kept.reshape(-1) >= 0):
-        frame = dataset[int(index)]
-        for key, rows in images.items():
-            rows.append((frame[key] * 255.0).round().byte().numpy())
-    return Demonstrations(
-        state=np.stack(columns["observation.state"]).astype(np.float32).reshape(len(kept), length, -1),
-        action=np.stack(columns["action"]).astype(np.float32).reshape(len(kept), length, -1),
-        images={key: np.stack(rows) for key, rows in images.items()},
-        kept=kept,
-        instruction=str(dataset.meta.tasks.index[0]),
-        stats={"action": {name: np.asarray(dataset.meta.stats["action"][name]) for name in ("mean", "std")}},
-    )
+# ------------------------------------------------------------------------------------------- batches
 
 
 def draw_frames(
-    rng: np.random.Generator, config: SftConfig, data: Demonstrations, episodes: int
+    rng: np.random.Generator,
+    config: SftConfig,
+    data: Demonstrations,
+    episodes: int,
+    every: int = DECISION_STEPS,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Episode and frame (B,) each of one batch: near the decisions, or anywhere."""
     episode = rng.integers(episodes, size=config.batch_size)
-    near = rng.choice(decisions(data.length), config.batch_size)
-    near = near + rng.integers(-config.jitter, config.jitter + 1, config.batch_size)
-    anywhere = rng.choice(frames_to_keep(data.length, config.jitter), config.batch_size)
-    frame = np.where(rng.random(config.batch_size) < config.decision_share, np.abs(near), anywhere)
-    return episode, np.minimum(frame, data.length - 1)
-
-
-def chunk_at(action: Tensor, episode: Tensor, frame: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Actions (E, L, 6) -> the chunks (B, chunk_size, 6) from these frames on, and which entries are beyond the end."""
-    import torch
-
-    index = frame[:, None] + torch.arange(chunk_size)  # (B, chunk_size)
-    beyond = index >= action.shape[1]
-    return action[episode[:, None], index.clamp(max=action.shape[1] - 1)], beyond
-
-
-class TrainingBatches:
-    """Normalised tensors of the demonstrations, and batches of them in the form `SmolVLAPolicy.forward` takes."""
-
-    def __init__(
-        self, data: Demonstrations, policy: SmolVLAPolicy, preprocessor: PolicyProcessorPipeline, cache: bool
-    ) -> None:
-        """`cache`: precompute image tokens, for a frozen vision tower."""
-        import torch
-
-        self.data, self.chunk_size = data, policy.config.chunk_size
-        everything = preprocessor(
-            {
-                "observation.state": torch.from_numpy(data.state),
-                "action": torch.from_numpy(data.action),
-                "task": [data.instruction],
-            }
-        )
-        self.state, self.action = everything["observation.state"], everything["action"]
-        self.prompt = {key: value for key, value in everything.items() if key.startswith("observation.language")}
-        self.images = {key: torch.from_numpy(images) for key, images in data.images.items()}
-        self.tokens = {key: image_tokens(policy, images) for key, images in self.images.items()} if cache else None
-
-    def observations(self, episode: NDArray[np.int64], frame: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Model inputs of these frames; images (B, 3, h, w), or blank ones if their tokens are cached."""
-        import torch
-
-        from reinflow_vla.base import unit_images
-
-        rows = torch.from_numpy(self.data.kept[episode, frame])
-        batch = {key: value.expand(len(rows), -1) for key, value in self.prompt.items()}
-        batch["observation.state"] = self.state[torch.from_numpy(episode), torch.from_numpy(frame)]
-        for key, images in self.images.items():
-            blank = self.tokens is not None
-            batch[key] = torch.zeros(()).expand(len(rows), *images.shape[1:]) if blank else unit_images(images[rows])
-        return batch
-
-    def batch(self, episode: NDArray[np.int64], frame: NDArray[np.int64]) -> dict[str, Tensor]:
-        """`observations` with the action chunk and its padding mask."""
-        import torch
-
-        chunk, beyond = chunk_at(self.action, torch.from_numpy(episode), torch.from_numpy(frame), self.chunk_size)
-        return {**self.observations(episode, frame), "action": chunk, "action_is_pad": beyond}
-
-    @contextmanager
-    def vision(self, policy: SmolVLAPolicy, episode: NDArray[np.int64], frame: NDArray[np.int64]) -> Iterator[None]:
-        """Within it the policy takes the cached image tokens of these frames instead of running its vision tower."""
-        import torch
-
-        if self.tokens is None:
-            yield
-            return
-        rows = torch.from_numpy(self.data.kept[episode, frame])
-        waiting = iter([self.tokens[key][rows] for key in policy.config.image_features])
-        network = policy.model.vlm_with_expert
-        network.embed_image = lambda _image: next(waiting)
-        try:
-            yield
-        finally:
-            del network.embed_image
-
-
-def image_tokens(policy: SmolVLAPolicy, images: Tensor) -> Tensor:
-    """Image tokens (M, P, W) of images (M, 3, h, w) uint8 of one camera."""
-    import torch
-
-    from reinflow_vla.base import unit_images
-
-    key = next(iter(policy.config.image_features))
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(images), 128):
-            pixels, _ = policy.prepare_images({key: unit_images(images[start : start + 128])})
-            parts.append(policy.model.vlm_with_expert.embed_image(pixels[0]))
-    return torch.cat(parts)
+    length = data.lengths[episode]
+    near = rng.integers(-(-length // every)) * every
+    near = np.abs(near + rng.integers(-config.jitter, config.jitter + 1, config.batch_size))
+    stored = [np.flatnonzero(frames >= 0) for frames in data.kept]  # of each episode
+    place = rng.integers([len(stored[row]) for row in episode])
+    anywhere = np.array([stored[row][at] for row, at in zip(episode, place, strict=True)])
+    frame = np.where(rng.random(config.batch_size) < config.decision_share, near, anywhere)
+    return episode, np.minimum(frame, length - 1)
 
 
 # --------------------------------------------------------------------------------------- fine-tuning
@@ -305,6 +182,19 @@ def with_action_statistics(
     return make_pre_post_processors(policy.config, dataset_stats=stats)
 
 
+def _whole_data(config: SftConfig, directory: Path, every: int) -> Demonstrations:
+    """The demonstrations, checked before they are decoded; raises SftError."""
+    cameras = recorded_cameras(config, directory)
+    check_dataset(config.dataset_root, list(cameras.values()), config.control_hz)
+    data = read_demonstrations(config.dataset_root, config.repo_id, config.jitter, cameras, every, config.control_hz)
+    if len(data.state) - config.held_out < max(1, config.episodes):
+        raise SftError(
+            f"{config.dataset_root} has {len(data.state)} episodes: too few for episodes={config.episodes} beside "
+            f"held_out={config.held_out}; record more or lower them"
+        )
+    return data
+
+
 def finetune(config: SftConfig) -> dict[str, Any]:
     """Run the fine-tuning; returns the record of the last checkpoint."""
     import torch
@@ -315,36 +205,32 @@ def finetune(config: SftConfig) -> dict[str, Any]:
 
     refuse_existing(config.output_dir)
     started = time.perf_counter()
-    cameras, _ = known_cameras(locate_policy(config.policy_dir))
-    check_dataset(config.dataset_root, [OBS_IMAGES_PREFIX + name for name in cameras])
-    data = read_demonstrations(config.dataset_root, config.repo_id, config.jitter)
+    directory = FAMILIES["smolvla"].directory(str(config.policy_dir))
+    every = int(read_json(directory / CONFIG_FILE).get("n_action_steps") or DECISION_STEPS)
+    data = _whole_data(config, directory, every)
     available = len(data.state) - config.held_out
-    if available < max(1, config.episodes):
-        raise SftError(
-            f"{config.dataset_root} has {len(data.state)} episodes: too few for episodes={config.episodes} beside "
-            f"held_out={config.held_out}; record more or lower them"
-        )
     episodes = config.episodes or available
-    policy, preprocessor, _ = load_smolvla(config.policy_dir, num_steps=config.num_steps[0])
+    game = played(config, directory, int(np.median(data.lengths)), every)
+    policy, preprocessor, _ = load_smolvla(directory, num_steps=config.num_steps[0])
     preprocessor, postprocessor = with_action_statistics(policy, preprocessor, data)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     batches = TrainingBatches(data, policy, preprocessor, cache=not config.train_vision)
     parameters = trainable_parameters(policy, config.train_vision, config.train_prefix)
     print(
-        f"{episodes} episodes, {len(data.images)} cameras, ready after {time.perf_counter() - started:.0f} s",
-        flush=True,
-    )
+        f"{episodes} episodes of {data.lengths.min()} to {data.lengths.max()} frames, {len(data.images)} cameras, "
+        f"ready after {time.perf_counter() - started:.0f} s\n{game.summary()}", flush=True,
+    )  # fmt: skip
     config.output_dir.mkdir(parents=True)
     write_json(
-        config.output_dir / "sft.json", {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        config.output_dir / "sft.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
     )
     record: dict[str, Any] = {}
     losses: list[float] = []
     training_s, began = 0.0, time.perf_counter()
     steps = fit(
         parameters,
-        lambda: batch_loss(policy, batches, draw_frames(rng, config, data, episodes), config.one_step_share),
+        lambda: batch_loss(policy, batches, draw_frames(rng, config, data, episodes, every), config.one_step_share),
         FitSettings(config.steps, config.lr, config.weight_decay),
     )
     for step, info in track(steps, "fine-tuning", config.steps):
@@ -356,11 +242,11 @@ def finetune(config: SftConfig) -> dict[str, Any]:
                 "loss": round(float(np.mean(losses[-100:])), 5),
                 "samples_per_s": round(step * config.batch_size / training_s, 1),
                 "action_error": action_errors(
-                    policy, postprocessor, batches, config, range(available, len(data.state))
+                    policy, postprocessor, batches, config, range(available, len(data.state)), every
                 ),
-                "success": evaluate_success(policy, preprocessor, postprocessor, config),
+                "success": evaluate_success(policy, preprocessor, postprocessor, config, game),
             }
-            save(config, policy, preprocessor, postprocessor, record)
+            save(config, policy, preprocessor, postprocessor, record, game.env)
         began = time.perf_counter()
     return record
 
@@ -391,15 +277,17 @@ def action_errors(
     batches: TrainingBatches,
     config: SftConfig,
     episodes: range,
+    every: int = DECISION_STEPS,
 ) -> dict[str, list[float]]:
-    """Mean absolute error per joint (degrees, gripper percent) of each decision's chunk on held-out expert states."""
+    """Mean absolute error per joint (degrees, gripper percent) of each decision's chunk on held-out expert states, for
+    the decisions that all held-out episodes last for."""
     import torch
 
     errors: dict[str, list[float]] = {}
     if not len(episodes):
         return errors
     policy.config.num_steps = config.num_steps[0]
-    for decision in decisions(batches.data.length):
+    for decision in decisions(int(batches.data.lengths[list(episodes)].min()), every):
         episode, frame = np.array(episodes), np.full(len(episodes), decision)
         noise_generator = torch.Generator().manual_seed(config.seed)
         shape = (len(episode), policy.config.chunk_size, policy.config.max_action_dim)
@@ -411,17 +299,65 @@ def action_errors(
             torch.from_numpy(episode),
             torch.from_numpy(frame),
             predicted.shape[1],
+            batches.lengths,
         )
         off = (postprocessor(predicted) - truth).abs()[~beyond]
         errors[f"t{decision}"] = [round(float(value), 2) for value in off.mean(dim=0)]
     return errors
 
 
-def task_environment(config: SftConfig, policy: SmolVLAPolicy) -> EnvConfig:
-    """EnvConfig of the task that the policy is evaluated on."""
-    cameras = tuple(key.removeprefix(OBS_IMAGES_PREFIX) for key in policy.config.image_features)
-    size = policy.config.resize_imgs_with_padding[0]
-    return EnvConfig(cameras=cameras, image_size=size, randomize_block=True, starting_position=config.starting_position)
+@dataclass(frozen=True)
+class Played:
+    """What the policy is evaluated on."""
+
+    env: EnvConfig
+    cameras: dict[str, str]  # the scene's -> the policy's
+    why: str  # this task
+    refused: str = ""  # why nothing can be played
+
+    def summary(self) -> str:
+        """For people."""
+        if self.refused:
+            return f"no evaluation: {self.refused}"
+        return f"evaluated on {describe(self.env)}; {self.why}"
+
+
+def recorded_cameras(config: SftConfig, policy_dir: Path) -> dict[str, str]:
+    """The policy's image feature -> the dataset's, by name or as --rename-map says."""
+    cameras, _ = known_cameras(policy_dir)
+    info = config.dataset_root / "meta" / "info.json"
+    recorded = read_json(info).get("features", {}) if info.is_file() else {}
+    given = {theirs: name for name, theirs in read_rename_map(config.rename_map).items() if name in recorded}
+    return {feature: given.get(feature, feature) for feature in (OBS_IMAGES_PREFIX + name for name in cameras)}
+
+
+def played(config: SftConfig, policy_dir: Path, frames: int, every: int) -> Played:
+    """The task of the evaluation: as --task, the dataset, or the policy says; as long as the demonstrations are."""
+    card = config.dataset_root / "meta" / CARD_FILE
+    data, own = card_env(card) if card.is_file() else None, known_env(policy_dir)
+    if config.task:
+        env, why = env_of_task(policy_dir, config.task), "as --task says"
+    elif data:
+        env, why = as_seen_by(policy_dir, data), f"as {card} says"
+    elif own:
+        env, why = own[0], f"as {own[1]} says"
+    else:
+        env, why = env_of_task(policy_dir, "lift"), "nothing says what the data was recorded for"
+    steps = every * -(-max(frames, env.max_steps_per_episode) // every)
+    seen = {OBS_IMAGES_PREFIX + name for name in CAMERA_NAMES}
+    rename = {ours: theirs for ours, theirs in read_rename_map(config.rename_map).items() if ours in seen}
+    entrance = enter(policy_dir, DoorSettings(rename_map=json.dumps(rename) if rename else ""), CAMERA_NAMES)
+    scene = {ours: theirs for theirs, ours in entrance.cameras.items() if ours in CAMERA_NAMES}
+    refused = ""
+    if len(scene) < len(entrance.cameras):
+        refused = (
+            f"the policy looks through {', '.join(entrance.cameras)}, the scene has {', '.join(CAMERA_NAMES)}; "
+            "--rename-map says which is which"
+        )
+        scene = {}
+    rate: dict[str, Any] = {"control_hz": config.control_hz} if config.control_hz else {}
+    env = replace(env, cameras=tuple(scene) or env.cameras, max_steps_per_episode=steps, **rate)
+    return Played(env, scene, f"{why}; {how_to_choose()}", refused)
 
 
 def evaluate_success(
@@ -429,6 +365,7 @@ def evaluate_success(
     preprocessor: PolicyProcessorPipeline,
     postprocessor: PolicyProcessorPipeline,
     config: SftConfig,
+    game: Played,
 ) -> dict[str, float]:
     """Noise-free success rate on the tuning seeds, by number of denoising steps."""
     from reinflow.env import take_rows
@@ -438,19 +375,18 @@ def evaluate_success(
     from reinflow_vla.base import lerobot_batch
     from so101_sim.vector.make import make_vector_env
 
-    if not config.eval_episodes:
+    if not config.eval_episodes or game.refused:
         return {}
-    env = task_environment(config, policy)
-
     shape = (policy.config.chunk_size, policy.config.max_action_dim)
 
     def act(observation: Observation, seeds: Sequence[int], decision: int) -> NDArray[np.float64]:
         rows = whole_tiles(len(seeds))  # as noise_free_actor
         x_0 = episode_noise([seeds[row] for row in rows], [decision] * len(rows), shape, "x_0")
-        batch = preprocessor(lerobot_batch(take_rows(observation, rows), env.cameras))
-        return postprocessor(policy.predict_action_chunk(batch, noise=x_0)).double().numpy()[: len(seeds)]
+        batch = preprocessor(renamed(lerobot_batch(take_rows(observation, rows), game.env.cameras), game.cameras))
+        chunk = policy.predict_action_chunk(batch, noise=x_0)[:, : policy.config.n_action_steps]
+        return postprocessor(chunk).double().numpy()[: len(seeds)]
 
-    success, make_env = {}, partial(make_vector_env, env)
+    success, make_env = {}, partial(make_vector_env, game.env)
     for num_steps in config.num_steps:
         policy.config.num_steps = num_steps
         result = evaluate_seeds(act, make_env, config.eval_seed, config.eval_episodes, NUM_EVAL_ENVS)
@@ -459,19 +395,26 @@ def evaluate_success(
     return success
 
 
+def renamed(batch: dict[str, Any], cameras: dict[str, str]) -> dict[str, Any]:
+    """A batch in the policy's names for its images."""
+    names = {OBS_IMAGES_PREFIX + ours: OBS_IMAGES_PREFIX + theirs for ours, theirs in cameras.items()}
+    return {names.get(key, key): value for key, value in batch.items()}
+
+
 def save(
     config: SftConfig,
     policy: SmolVLAPolicy,
     preprocessor: PolicyProcessorPipeline,
     postprocessor: PolicyProcessorPipeline,
     record: dict[str, Any],
+    env: EnvConfig,
 ) -> None:
     """Write checkpoints/<step>/ with its environment (reinflow.json) and append the record to metrics.jsonl."""
     from reinflow_vla.smolvla_directory import export_policy
 
     directory = config.output_dir / "checkpoints" / f"{record['step']:06d}"
     export_policy(policy, preprocessor, postprocessor, directory)
-    write_card(directory, task_environment(config, policy))
+    write_card(directory, env)
     line = json.dumps(record)
     with (config.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from reinflow import ConfigError
 from reinflow_so101.stages import demonstrations, sft_smolvla
 from reinflow_so101.stages.build_smolvla import TinyConfig, build_policy
+from reinflow_so101.stages.datasets import check_dataset
 from reinflow_vla.directory import PolicyDirectoryError
 from reinflow_vla.smolvla_directory import load_smolvla
+from so101_sim.tasks.registry import nearest_task
 from tests.foreign import rename_cameras
 
 
@@ -143,6 +147,92 @@ def test_other_cameras_are_named(start, tmp_path) -> None:
     rename_cameras(other, {"camera_up": "front"})
     with pytest.raises(sft_smolvla.SftError, match=r"lacks observation.images.front.* it has observation"):
         sft_smolvla.finetune(sft_smolvla.SftConfig(other, start[1], tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def teleoperated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Episodes of 40, 75 and 61 frames of two instructions, through cameras that the scene does not know."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root = tmp_path_factory.mktemp("teleoperated") / "data"
+    joints = {"dtype": "float32", "shape": (6,), "names": None}
+    image = {"dtype": "image", "shape": (96, 96, 3), "names": ["height", "width", "channels"]}
+    cameras = {f"observation.images.{name}": dict(image) for name in ("front", "gripper")}
+    features = {"observation.state": joints, "action": dict(joints), **cameras}
+    data = LeRobotDataset.create("local/mine", fps=50, features=features, root=root, use_videos=False)
+    rng = np.random.default_rng(0)
+    for length, task in ((40, "pick up the block"), (75, "push the block"), (61, "pick up the block")):
+        for frame in range(length):
+            pose = np.full(6, frame, dtype=np.float32)
+            pictures = {key: rng.integers(0, 255, (96, 96, 3), dtype=np.uint8) for key in cameras}
+            data.add_frame({"observation.state": pose, "action": pose + 1, **pictures, "task": task})
+        data.save_episode()
+    data.finalize()
+    return root
+
+
+TELEOPERATED = {"camera_up": "front", "wrist_camera": "gripper"}
+
+
+def test_episodes_of_any_length(start, teleoperated, tmp_path, capsys) -> None:
+    data = sft_smolvla.read_demonstrations(teleoperated, "local/mine", jitter=2)
+    assert data.lengths.tolist() == [40, 75, 61] and data.instruction_of.tolist() == [0, 1, 0]
+    assert (data.kept[0, 40:] == -1).all() and data.state[0, 60, 0] == 39  # its last frame is repeated
+    config = sft_smolvla.SftConfig(Path(), Path(), Path(), batch_size=4_000, jitter=2)
+    episode, frame = sft_smolvla.draw_frames(np.random.default_rng(0), config, data, episodes=3)
+    assert (frame < data.lengths[episode]).all() and (data.kept[episode, frame] >= 0).all()
+    assert {0, 50} <= set(frame[episode == 1]) and set(frame[episode == 0]) <= set(range(40))
+    action, lengths = torch.from_numpy(data.action), torch.from_numpy(data.lengths)
+    chunk, beyond = sft_smolvla.chunk_at(action, torch.tensor([0, 1]), torch.tensor([38, 38]), 4, lengths)
+    assert chunk[..., 0].tolist() == [[39, 40, 40, 40], [39, 40, 41, 42]]
+    assert beyond.tolist() == [[False, False, True, True], [False] * 4]
+
+
+def test_data_of_ones_own_cameras_trains_and_is_not_evaluated_blindly(start, teleoperated, tmp_path, capsys) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(start[0], policy)
+    rename_cameras(policy, TELEOPERATED)
+    small = {"held_out": 1, "steps": 2, "batch_size": 4, "save_every": 2, "num_steps": (1,), "eval_episodes": 2}
+    record = sft_smolvla.finetune(sft_smolvla.SftConfig(policy, teleoperated, tmp_path / "out", **small))
+    assert record["success"] == {} and np.isfinite(record["loss"])
+    said = capsys.readouterr().out
+    assert "no evaluation: the policy looks through front, gripper" in said and "--rename-map" in said
+    # The scene's cameras under the names that the policy has for them:
+    rename = {f"observation.images.{ours}": f"observation.images.{theirs}" for ours, theirs in TELEOPERATED.items()}
+    record = sft_smolvla.finetune(
+        sft_smolvla.SftConfig(policy, teleoperated, tmp_path / "seen", rename_map=json.dumps(rename), **small)
+    )
+    assert set(record["success"]) == {"K1"}
+
+
+def test_recorded_cameras_by_a_rename_map(start, teleoperated, tmp_path) -> None:
+    rename = {f"observation.images.{theirs}": f"observation.images.{ours}" for ours, theirs in TELEOPERATED.items()}
+    small = {"held_out": 1, "steps": 1, "batch_size": 4, "save_every": 1, "num_steps": (1,), "eval_episodes": 2}
+    record = sft_smolvla.finetune(
+        sft_smolvla.SftConfig(start[0], teleoperated, tmp_path / "out", rename_map=json.dumps(rename), **small)
+    )
+    assert set(record["success"]) == {"K1"}  # the policy's own names are the scene's
+
+
+def test_the_data_says_which_task_it_is_of(start, tmp_path, capsys) -> None:
+    config = sft_smolvla.SftConfig(start[0], start[1], tmp_path / "out")
+    game = sft_smolvla.played(config, start[0], 150, 50)
+    assert nearest_task(game.env) == "lift" and "reinflow.json says" in game.why
+    assert sft_smolvla.played(config, start[0], 320, 50).env.max_steps_per_episode == 350
+    wide = dataclasses.replace(config, task="lift_wide")
+    assert nearest_task(sft_smolvla.played(wide, start[0], 150, 50).env) == "lift_wide"
+    with pytest.raises(ConfigError, match="task=lfit is unknown"):
+        dataclasses.replace(config, task="lfit")
+
+
+def test_data_of_another_rate_is_taken_when_said(start, tmp_path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(start[1], root)
+    info = json.loads((root / "meta/info.json").read_text())
+    (root / "meta/info.json").write_text(json.dumps(info | {"fps": 30}))
+    config = sft_smolvla.SftConfig(start[0], root, tmp_path / "out", control_hz=30.0)
+    assert sft_smolvla.played(config, start[0], 150, 50).env.control_hz == 30.0
+    check_dataset(root, control_hz=30.0)
 
 
 def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
