@@ -21,6 +21,7 @@ from reinflow_so101.command_line import (
 )
 from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, Entrance, enter
 from reinflow_so101.policy_card import known_env
+from reinflow_vla.directory import brings_its_backbone
 from so101_sim.tasks.registry import describe, differences, how_to_choose, nearest_task
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
@@ -111,6 +112,11 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
         raise ConfigError("; ".join(entrance.problems))
     config = _filled(config, entrance)
     _compare_task(config, entrance)
+    if brings_its_backbone(directory):
+        entrance.lines.append(
+            "checkpoints bring their backbone's folder along; for LeRobot's own commands write a copy with its "
+            "absolute path: reinflow-materialize --policy-dir RUN --output-dir DIR"
+        )
     for line in entrance.lines:
         print(f"  {line}")
     return config

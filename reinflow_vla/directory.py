@@ -163,6 +163,15 @@ def resolve_folder(directory: Path, reference: str) -> str:
     return reference
 
 
+def brings_its_backbone(directory: Path) -> bool:
+    """Whether a policy names its backbone or tokenizer by a folder of this machine and not by a hub repository: its
+    exports hold that folder, under a relative path, which LeRobot would look for in the working directory."""
+    named = read_json(directory / CONFIG_FILE).get("vlm_model_name")
+    if not named and (directory / PREPROCESSOR_FILE).is_file():
+        named = stored_tokenizer(directory)
+    return bool(named) and Path(resolve_folder(directory, str(named))).is_dir()
+
+
 def base_of_adapter(directory: Path) -> Path | None:
     """The policy directory that a PEFT adapter directory builds on; None for one with weights of its own."""
     if weights_file(directory).name != ADAPTER_FILE:

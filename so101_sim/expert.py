@@ -199,7 +199,9 @@ class ScriptedExpert:
                 break
             jacobian = jacobian[:, free]
             step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 1e-6 * np.eye(len(error)), error)
-            step *= min(1.0, 0.3 / np.abs(step).max())
+            largest = np.abs(step).max()
+            if largest > 0.3:
+                step *= 0.3 / largest
             q_rad[free] = np.clip(q_rad[free] + step, self._range_rad[free, 0], self._range_rad[free, 1])
         return q_rad
 

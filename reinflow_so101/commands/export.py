@@ -23,6 +23,7 @@ from reinflow_so101.policy_card import stored_env
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    brings_its_backbone,
     check_trusted,
     read_json,
     refuse_existing,
@@ -62,7 +63,7 @@ def export(config: ExportConfig) -> Path:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE, ".git", ".cache"))
     if config.fp32_backbone:
         _widen(source, target)
-    (target / CARD).write_text(model_card(source), encoding="utf-8")
+    (target / CARD).write_text(model_card(source, config.fp32_backbone), encoding="utf-8")
     write_sums(target)
     return target
 
@@ -96,8 +97,11 @@ def _widen(source: Path, target: Path) -> None:
     write_references(target, str(target / VLM_FOLDER))
 
 
-def model_card(policy_dir: Path) -> str:
-    """A README with LeRobot's header: base, task, success and seeds, command. Local paths stay out of it."""
+def model_card(policy_dir: Path, absolute: bool = False) -> str:
+    """A README with LeRobot's header: base, task, success and seeds, command. Local paths stay out of it.
+
+    `absolute`: the export names its backbone's folder by an absolute path, as LeRobot needs it.
+    """
     run = next((p for p in policy_dir.resolve().parents if (p / CHECKPOINTS).is_dir()), None)
     settings = _read(run / CONFIG_FILE) if run else {}
     env, stored = stored_env(policy_dir), read_json(policy_dir / CONFIG_FILE)
@@ -125,7 +129,7 @@ def model_card(policy_dir: Path) -> str:
                 f"- Success {when} training: {overall['pc_success']:.1f} % [{low:.1f}, {high:.1f}] of "
                 f"{overall['n_episodes']} episodes, seeds {min(seeds)} to {max(seeds)}"
             )
-    if needs_materializing(policy_dir):
+    if brings_its_backbone(policy_dir) and not absolute:
         lines.append(
             "- For LeRobot's own commands: `reinflow-materialize --policy-dir THIS --output-dir DIR` writes a copy "
             "with the absolute path of its backbone's folder"
@@ -136,11 +140,6 @@ def model_card(policy_dir: Path) -> str:
         )
         lines.append(f"- Trained by `python train_reinflow.py {flags}` and the settings in the run's config.json")
     return "\n".join(lines) + "\n"
-
-
-def needs_materializing(policy_dir: Path) -> bool:
-    """Whether a policy names its backbone or tokenizer by a path inside itself, which LeRobot looks for elsewhere."""
-    return str(read_json(policy_dir / CONFIG_FILE).get("vlm_model_name", "")).startswith(".")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -154,13 +153,14 @@ def parse_args(argv: Sequence[str]) -> ExportConfig:
 
 def main() -> None:
     """reinflow-export."""
-    run_command("reinflow-export", lambda: tell(export(parse_args(sys.argv[1:]))))
+    run_command("reinflow-export", lambda: run(parse_args(sys.argv[1:])))
 
 
-def tell(target: Path) -> None:
-    """What was written, and what plain LeRobot needs of it."""
+def run(config: ExportConfig) -> None:
+    """Export, and say what plain LeRobot needs of it."""
+    target = export(config)
     print(f"wrote {target}")
-    if needs_materializing(target):
+    if brings_its_backbone(target) and not config.fp32_backbone:
         print(
             f"it brings its backbone's folder along, so it can be moved; for LeRobot's own commands write a copy with "
             f"absolute paths: reinflow-materialize --policy-dir {target} --output-dir DIR"

@@ -133,7 +133,8 @@ def read_demonstrations(
     except Exception as error:  # a half-written one shows itself in any way
         reason = " ".join(str(error).split())[:200]
         raise SftError(
-            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}): record it again"
+            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}). A recording that was cut off before "
+            "LeRobot's finalize() has no end: record it again"
         ) from error
     wanted = dict(cameras) if cameras is not None else {key: key for key in dataset.meta.camera_keys}
     starts = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))

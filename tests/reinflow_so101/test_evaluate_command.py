@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from reinflow import ConfigError
 from reinflow_so101.command_line import field_docs
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
-from reinflow_so101.policy_card import stored_env
+from reinflow_so101.policy_card import known_env, stored_env, write_card
 from so101_sim.config import EnvConfig
+from so101_sim.tasks.registry import nearest_task, task_env
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,44 @@ def test_help_says_of_every_field_what_that_field_is(capsys):
             if " " not in option:  # a switch: the text stands with its opposite
                 option = options[f"{prefix}no-{flag}"]
             assert text in option, (name, option)
+
+
+def test_it_says_which_task_is_played_and_why(act_policy, tmp_path, capsys):
+    """A policy of LeRobot's own training, which says of no task: what is played is said, and that it is one scene."""
+    flags = ["--policy-path", str(act_policy), "--episodes", "2", "--output-dir"]
+    run_eval(parse_args([*flags, str(tmp_path / "a")]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "task: lift_fixed (" in said and "says of no task; --task lift | lift_wide | lift_fixed chooses" in said
+    assert "warning: all 2 seeds show the same scene" in said
+    config = parse_args([*flags, str(tmp_path / "b"), "--task", "lift_wide", "--env.block-yaw-deg", "5"])
+    assert config.env.block_angle_deg == 60.0 and config.env.block_yaw_deg == 5.0
+    assert config.env.cameras == ("camera_up",) and config.env.image_size == 64  # the policy's
+    run_eval(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "with block_yaw_deg=5.0; as --task says" in said and "warning" not in said
+    with pytest.raises(ConfigError, match="task=lfit is unknown"):
+        parse_args([*flags, str(tmp_path / "c"), "--task", "lfit"])
+
+
+def test_the_task_of_lerobots_training_is_found(act_policy, tmp_path, capsys):
+    """lerobot-train forgets reinflow.json, and writes down its data set and the environment it evaluated in."""
+    policy = tmp_path / "policy"
+    shutil.copytree(act_policy, policy)
+    assert known_env(policy) is None
+    data = tmp_path / "data"
+    (data / "meta").mkdir(parents=True)
+    write_card(data / "meta", task_env("lift_wide"))
+    config = {"dataset": {"root": str(data)}, "env": None}
+    (policy / "train_config.json").write_text(json.dumps(config))
+    env, where = known_env(policy)
+    assert nearest_task(env) == "lift_wide" and where == data / "meta/reinflow.json"
+    assert env.cameras == ("camera_up",) and env.image_size == 64
+    played = {"env": {"type": "so101_reinflow", "task": "lift"}}
+    (policy / "train_config.json").write_text(json.dumps(config | played))
+    env, where = known_env(policy)
+    assert nearest_task(env) == "lift" and where == policy / "train_config.json"
+    (policy / "train_config.json").write_text(json.dumps({"dataset": {"root": str(tmp_path / "gone")}}))
+    assert known_env(policy) is None
 
 
 def test_what_cannot_work_is_refused_before_anything_is_played(tmp_path):
