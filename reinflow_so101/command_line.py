@@ -131,12 +131,22 @@ def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], pr
         close = [match for name in unknown for match in difflib.get_close_matches(name, base, 1)]
         hint = f": is {', '.join(close)} meant?" if close else ": see --help"
         raise ConfigError(f"config={path} has {', '.join(unknown)}, which is no setting{hint}")
+    if "task" in given:
+        base |= _fields_of_task(str(given["task"]), base)
     hints = get_type_hints(kind)
     for name, value in given.items():
         if hints[name] is float and isinstance(value, str):  # YAML reads 1e-4 as text
             with contextlib.suppress(ValueError):
                 given[name] = float(value)
     return config_from_json(base | given | ({"preset": preset} if preset else {}), kind, f"config={path}")
+
+
+def _fields_of_task(task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a named task sets of a config's fields, as JSON has it."""
+    from so101_sim.tasks.registry import ASPECTS, task_env
+
+    env = config_to_json(task_env(task))
+    return {name: env[name] for name in ASPECTS if name in fields and name != "cameras"}
 
 
 def preset_of[C](presets: Mapping[str, C], name: str) -> C:

@@ -22,7 +22,7 @@ from reinflow_so101.command_line import (
 from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, Entrance, enter
 from reinflow_so101.policy_card import known_env
 from reinflow_vla.directory import brings_its_backbone
-from so101_sim.tasks.registry import describe, differences, how_to_choose, nearest_task
+from so101_sim.tasks.registry import describe, how_to_choose, nearest_task
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
     from reinflow.policy import FlowPolicy
@@ -124,14 +124,12 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
 
 def _compare_task(config: FlatConfig, entrance: Entrance) -> None:
     """A line where the policy was made for another task than the one played, or says of none."""
-    known = known_env(entrance.source)
+    known, played = known_env(entrance.source), config.env()
     if known is None:
         entrance.lines.append(
-            f"the policy says of no task that it was made for: {config.task} is played; {how_to_choose()}"
+            f"the policy says of no task that it was made for: {nearest_task(played)} is played; {how_to_choose()}"
         )
-    elif config.image_size and differences(config.env(), nearest_task(known[0])) != differences(
-        known[0], nearest_task(known[0])
-    ):
+    elif describe(known[0]) != describe(played):
         entrance.lines.append(f"the policy was made for another task: {describe(known[0])}")
 
 

@@ -36,9 +36,8 @@ def write_card(directory: Path, env: EnvConfig) -> None:
 
 
 def known_env(policy_dir: Path) -> tuple[EnvConfig, Path] | None:
-    """The environment that a policy was made for, and the file that says so: reinflow.json beside it, or what
-    lerobot-train wrote of its data set or of the environment it was evaluated in. None where nothing says so."""
-    check_sums(policy_dir, "take another export (after a change on purpose remove checksums.json)")
+    """The environment that a policy was made for, and the file that says so: reinflow.json beside it, or in the data
+    set that lerobot-train names, or the environment that it evaluated in. None where nothing says so."""
     own = policy_dir / CARD_FILE
     if own.is_file():
         env = card_env(own)
@@ -47,23 +46,27 @@ def known_env(policy_dir: Path) -> tuple[EnvConfig, Path] | None:
     if not training.is_file():
         return None
     content = read_json(training)
-    played, data = content.get("env"), content.get("dataset")
-    if isinstance(played, dict) and played.get("type") == PLUGIN_ENV and played.get("task") in TASKS:
-        return as_seen_by(policy_dir, task_env(played["task"])), training
+    data, played = content.get("dataset"), content.get("env")
     root = data.get("root") if isinstance(data, dict) else None
     card = Path(str(root)) / "meta" / CARD_FILE
     env = card_env(card) if root and card.is_file() else None
-    return (as_seen_by(policy_dir, env), card) if env else None
+    if env:
+        return as_seen_by(policy_dir, env), card
+    if isinstance(played, dict) and played.get("type") == PLUGIN_ENV and played.get("task") in TASKS:
+        return as_seen_by(policy_dir, task_env(played["task"])), training
+    return None
 
 
 def stored_env(policy_dir: Path) -> EnvConfig:
     """The policy's own environment, or the default one with the policy's cameras and image size."""
+    check_sums(policy_dir, "take another export (after a change on purpose remove checksums.json)")
     known = known_env(policy_dir)
     return known[0] if known else as_seen_by(policy_dir, task_env(DEFAULT_TASK))
 
 
 def env_of_task(policy_dir: Path, task: str) -> EnvConfig:
     """A named task as a policy sees it: through its own cameras, in its own units and at its own rate."""
+    check_sums(policy_dir, "take another export (after a change on purpose remove checksums.json)")
     known = known_env(policy_dir)
     env = as_seen_by(policy_dir, task_env(task))
     if not known:

@@ -31,7 +31,7 @@ from reinflow.seeds import FIRST_TUNING_SEED
 from reinflow.settings import Range, out_of_range
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, make_actor
 from reinflow_so101.door import half_ranges, misfits_of, read_rename_map
-from reinflow_so101.policy_card import known_env, stored_env
+from reinflow_so101.policy_card import env_of_task, known_env, stored_env
 from reinflow_vla.adaptation import features_of, known_cameras, stored_statistics
 from reinflow_vla.directory import ACTION, CONFIG_FILE, OBS_IMAGES_PREFIX, OBS_STATE, read_json
 from so101_mujoco_utils import JOINT_NAMES, NUM_JOINTS, Array
@@ -62,6 +62,8 @@ class CheckArmConfig:
     """LeRobot's calibration file of the arm; empty takes the one of the config's id and calibration_dir."""
     speeds: bool = True
     """Play a few simulated episodes and measure how fast the policy moves each joint."""
+    task: str = ""
+    """Named task of these episodes; empty takes the one that the policy was made for."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def _speeds(directory: Path, robot: Mapping[str, Any], config: CheckArmConfig) -
     if not config.speeds or read_json(directory / CONFIG_FILE).get("type") == "flow_mlp":
         return
     try:
-        steps, speeds = motions(directory)
+        steps, speeds = motions(directory, config.task)
     except UserError as error:
         yield Finding("speeds", "look", f"not measured, the policy cannot be played here: {error}")
         return
@@ -239,7 +241,7 @@ def _speeds(directory: Path, robot: Mapping[str, Any], config: CheckArmConfig) -
             yield Finding(f"speed {joint}", "ok", text)
 
 
-def motions(directory: Path) -> tuple[Array, Array]:
+def motions(directory: Path, task: str = "") -> tuple[Array, Array]:
     """How fast a policy moves its targets within a chunk, over a few noise-free simulated episodes.
 
     Returns:
@@ -251,7 +253,7 @@ def motions(directory: Path) -> tuple[Array, Array]:
     from reinflow.evaluate import evaluate_seeds
     from so101_sim.vector.make import make_vector_env
 
-    env = stored_env(directory)
+    env = env_of_task(directory, task) if task else stored_env(directory)
     act = make_actor(EvalConfig(policy_path=str(directory), output_dir="", env=env), directory)
     steps, speeds = np.zeros(NUM_JOINTS), np.zeros(NUM_JOINTS)
 

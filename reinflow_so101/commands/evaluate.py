@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from reinflow.env import Observation
     from reinflow.evaluate import Act, EvalResult
 
-VIDEO_INTERVAL = 2  # control steps per frame: 25 frames a second
+VIDEO_INTERVAL = 2  # control steps per frame: 25 frames a second at 50 Hz
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,10 @@ def make_actor(config: EvalConfig, policy_dir: Path) -> Act:
     if config.pi0_tokenizer_path and (family is None or "pi0" not in family.types):
         given = f"pi0_tokenizer_path={config.pi0_tokenizer_path}"
         raise ConfigError(f"{given} is not read by a {kind} policy: leave it out")
+    if family is None or "flow_mlp" in family.types:
+        unread = [f.name for f in fields(DoorSettings) if getattr(config, f.name, f.default) != f.default]
+        if unread:
+            raise ConfigError(f"{', '.join(unread)} not read by a {kind} policy, which is taken as it is: leave it out")
     if family is None:
         return stock_actor(config, policy_dir)
     from reinflow.flow import ChainSpec
@@ -207,9 +211,10 @@ def record_video(config: EvalConfig, act: Act) -> Path:
     seen = replace(config.env, render_images=True)  # the policy may need no images, who watches it does
     with make_vector_env(seen, num_envs) as env:
         evaluate(act, env, range(config.seed, config.seed + num_envs), recorder, VIDEO_INTERVAL)
+    rate = max(1, round((config.env.control_hz or 50) / VIDEO_INTERVAL))
     if config.gif:
-        write_gif(Path(config.output_dir) / "video.gif", recorder.frames[::2], fps=25 // VIDEO_INTERVAL)
-    return write_mp4(Path(config.output_dir) / "video.mp4", recorder.frames, fps=50 // VIDEO_INTERVAL)
+        write_gif(Path(config.output_dir) / "video.gif", recorder.frames[::2], fps=max(1, rate // 2))
+    return write_mp4(Path(config.output_dir) / "video.mp4", recorder.frames, fps=rate)
 
 
 def parse_args(argv: Sequence[str]) -> EvalConfig:

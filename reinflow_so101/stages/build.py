@@ -61,7 +61,7 @@ class Recipe:
 def recipe(folder: Path) -> Recipe:
     """How the shipped policies are made; every figure was measured (model/tiny_smolvla/README.md)."""
     return Recipe(
-        weights=TinyConfig(folder / "random"),
+        weights=TinyConfig(folder / "random", num_steps=1),
         perception=PretrainConfig(folder / "random", folder / "perception", steps=1_500, batch_size=32, lr=1.5e-3),
         refinement=PretrainConfig(
             folder / "perception", folder / BASE, steps=1_500, batch_size=48, lr=1e-3, seed=1

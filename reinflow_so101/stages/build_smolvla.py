@@ -176,6 +176,7 @@ def build_policy(config: TinyConfig) -> None:
         freeze_vision_encoder=True,  # as smolvla_base; pre-training and reinflow-sft say for themselves what learns
         train_expert_only=True,
         train_state_proj=False,
+        optimizer_lr=1e-3,  # lerobot-train takes it from here; LeRobot's 1e-4 is for an expert ten times as wide
         push_to_hub=False,
     )
     torch.manual_seed(config.seed)

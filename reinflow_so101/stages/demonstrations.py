@@ -214,9 +214,11 @@ def record(config: DemoConfig) -> tuple[int, int]:
 
 def quiet_lerobot() -> None:
     """Call before importing LeRobot's datasets: no page of traceback because FFmpeg is not installed system-wide (PyAV
-    is used then), no progress bar per episode."""
+    is used then), no progress bar per episode, no lines of the video encoder's."""
+    import av
     import datasets
 
+    av.logging.set_libav_level(av.logging.ERROR)  # of the library itself: LeRobot goes back to its own handler
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
 

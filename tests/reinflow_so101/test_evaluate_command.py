@@ -87,6 +87,13 @@ def test_help_says_of_every_field_what_that_field_is(capsys):
             assert text in option, (name, option)
 
 
+@pytest.mark.parametrize("flag", [{"rename_map": "{}"}, {"joint_frame": "lerobot"}, {"normalization": "policy"}])
+def test_flags_that_a_policy_does_not_read_are_refused(act_policy, tmp_path, flag):
+    for policy in (str(act_policy), "flow_mlp"):
+        with pytest.raises(ConfigError, match=f"{next(iter(flag))} not read by a (act|flow_mlp) policy"):
+            run_eval(EvalConfig(policy, str(tmp_path / "e"), env=stored_env(find_policy(policy)), **flag))
+
+
 def test_it_says_which_task_is_played_and_why(act_policy, tmp_path, capsys):
     """A policy of LeRobot's own training, which says of no task: what is played is said, and that it is one scene."""
     flags = ["--policy-path", str(act_policy), "--episodes", "2", "--output-dir"]
@@ -119,6 +126,8 @@ def test_the_task_of_lerobots_training_is_found(act_policy, tmp_path, capsys):
     assert env.cameras == ("camera_up",) and env.image_size == 64
     played = {"env": {"type": "so101_reinflow", "task": "lift"}}
     (policy / "train_config.json").write_text(json.dumps(config | played))
+    assert nearest_task(known_env(policy)[0]) == "lift_wide"  # what the data is of counts
+    (data / "meta/reinflow.json").unlink()
     env, where = known_env(policy)
     assert nearest_task(env) == "lift" and where == policy / "train_config.json"
     (policy / "train_config.json").write_text(json.dumps({"dataset": {"root": str(tmp_path / "gone")}}))

@@ -77,3 +77,13 @@ def test_the_trainer_reads_the_policys_own_task_as_the_evaluation_does(capsys):
     assert "reinflow.json has it: lift (" in capsys.readouterr().out
     other = parse_args(["--pretrained-path", "tiny", "--task", "lift_fixed"])
     assert other.task == "lift_fixed" and not other.randomize_block and other.cameras == own.cameras
+
+
+def test_a_file_may_name_a_task(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: tiny\ntask: lift_wide\nblock_yaw_deg: 10\n")
+    config = parse_args(["--config", str(file)])
+    assert (config.task, config.block_angle_deg, config.block_yaw_deg) == ("lift_wide", 60.0, 10.0)
+    file.write_text("task: lfit\n")
+    with pytest.raises(ConfigError, match="task=lfit is unknown"):
+        parse_args(["--config", str(file)])
