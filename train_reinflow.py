@@ -204,8 +204,8 @@ class TrainingConfig:
 
     # --- Environment -----------------------------------------------------------------------------------------------
     task: str = DEFAULT_TASK
-    """Named task that the fields below start from (lift, lift_wide, lift_fixed): the one given here, else the one that
-    the policy was made for, else the preset's. Other flags override it; what a run plays is in its own fields."""
+    """Named task that the fields below start from, such as lift or lift_wide: the one given here, else the one that the
+    policy was made for, else the preset's. Other flags override it; what a run plays is in its own fields."""
     model_path: str = "model/scene.xml"
     """MJCF scene; the default is the shipped one, wherever the command runs."""
     instruction: str = "pick up the block"

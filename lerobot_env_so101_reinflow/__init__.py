@@ -31,7 +31,7 @@ class SO101ReinFlowEnv(EnvConfig):
     """An SO-101 in MuJoCo. Raises ConfigError for an unknown task, or settings that contradict each other."""
 
     task: str | None = "lift"
-    """Named task: lift, lift_wide, lift_fixed (so101_sim/tasks/registry.py)."""
+    """Named task, such as lift or lift_wide (so101_sim/tasks/registry.py)."""
     fps: int = 50
     """Control steps a second; policies of 30 fps data take 30."""
     cameras: list[str] = field(default_factory=list)

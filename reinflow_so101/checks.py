@@ -12,7 +12,7 @@ from typing import Any
 from reinflow import ConfigError
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
 from reinflow.settings import out_of_range
-from so101_sim.tasks.registry import TASKS
+from so101_sim.tasks.registry import named
 
 FlatConfig = Any
 """The one flat config of train_reinflow.py, which no room below may name."""
@@ -32,8 +32,10 @@ def check_config(config: FlatConfig) -> None:
 
 
 def _environment(c: FlatConfig) -> Iterator[str]:
-    if c.task not in TASKS:
-        yield f"task={c.task} is unknown: choose one of {', '.join(TASKS)}"
+    try:
+        named(c.task)
+    except ConfigError as error:
+        yield str(error)
     if c.control_hz and c.steps_per_action != type(c).steps_per_action:
         yield f"steps_per_action={c.steps_per_action} is not read with control_hz={c.control_hz:g}: drop one"
     if c.calibration and c.joint_frame not in ("auto", "lerobot_m100_100"):

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from reinflow import ConfigError, UserError
+from reinflow import ConfigError
 from reinflow.settings import CONFIG_FILE, config_from_json, config_to_json, read_config
 
 if TYPE_CHECKING:
@@ -91,22 +91,19 @@ def saved_config[C: DataclassInstance](run_dir: Path, config_type: type[C]) -> C
     """The settings that a run was started with, ready to resume it."""
     saved = read_config(run_dir) | {"resume": True, "output_dir": str(run_dir)}
     lacking = {f.name: IMPLIED.get(f.name, f.default) for f in dataclasses.fields(config_type) if f.name not in saved}
-    if "task" in lacking:
-        lacking["task"] = _task_of_settings(saved)
     if lacking:
         implied = ", ".join(f"{name}={value}" for name, value in lacking.items())
         print(f"{run_dir / CONFIG_FILE} is of an older version, which implied {implied}")
-    return config_from_json(lacking | saved, config_type, str(run_dir / CONFIG_FILE))
+    config = config_from_json(lacking | saved, config_type, str(run_dir / CONFIG_FILE))
+    return dataclasses.replace(config, task=_task_played(config)) if "task" in lacking else config
 
 
-def _task_of_settings(saved: Mapping[str, Any]) -> str:
-    """The named task that a run's settings are nearest to."""
+def _task_played(config: Any) -> str:
+    """The named task that a config's environment is nearest to."""
     from so101_sim.config import EnvConfig
     from so101_sim.tasks.registry import ASPECTS, nearest_task
 
-    values: dict[str, Any] = {name: saved[name] for name in ASPECTS if name in saved}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return nearest_task(EnvConfig(**values))
+    return nearest_task(EnvConfig(**{name: getattr(config, name) for name in ASPECTS if hasattr(config, name)}))
 
 
 def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], preset: str) -> C:
@@ -117,6 +114,8 @@ def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], pr
     """
     import yaml
 
+    from so101_sim.tasks.registry import task_env
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -124,7 +123,8 @@ def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], pr
     if not isinstance(content, dict):
         raise ConfigError(f"config={path} holds no fields: write lines such as policy_lr: 1.0e-5")
     given = {name: value for name, value in content.items() if name not in WAYS}
-    base = config_to_json(preset_of(presets, preset or str(given.get("preset", ""))))
+    start = preset_of(presets, preset or str(given.get("preset", "")))
+    base = config_to_json(start)
     kind = type(next(iter(presets.values())))
     unknown = sorted(str(name) for name in given if name not in base)
     if unknown:
@@ -132,21 +132,14 @@ def config_of_file[C: DataclassInstance](path: str, presets: Mapping[str, C], pr
         hint = f": is {', '.join(close)} meant?" if close else ": see --help"
         raise ConfigError(f"config={path} has {', '.join(unknown)}, which is no setting{hint}")
     if "task" in given:
-        base |= _fields_of_task(str(given["task"]), base)
+        task = task_env(str(given["task"]))
+        base |= config_to_json(dataclasses.replace(start, **_fields_of(task, dataclasses.fields(start), False)))
     hints = get_type_hints(kind)
     for name, value in given.items():
         if hints[name] is float and isinstance(value, str):  # YAML reads 1e-4 as text
             with contextlib.suppress(ValueError):
                 given[name] = float(value)
     return config_from_json(base | given | ({"preset": preset} if preset else {}), kind, f"config={path}")
-
-
-def _fields_of_task(task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a named task sets of a config's fields, as JSON has it."""
-    from so101_sim.tasks.registry import ASPECTS, task_env
-
-    env = config_to_json(task_env(task))
-    return {name: env[name] for name in ASPECTS if name in fields and name != "cameras"}
 
 
 def preset_of[C](presets: Mapping[str, C], name: str) -> C:
@@ -185,39 +178,45 @@ def _task(argv: Sequence[str], start: Any, of_file: bool) -> dict[str, Any]:
     """The settings of the environment: of the task that --task names, else of the one that a named policy was made for,
     else the preset's or the file's own."""
     from reinflow_so101.policy_card import env_of_task, known_env
-    from so101_sim.tasks.registry import describe, named, nearest_task, task_env
+    from so101_sim.tasks.registry import describe, nearest_task, task_env
 
     task = flag_value(argv, "--task")
+    directory = None if of_file and not task else _named_policy(argv, start)
+    known = known_env(directory) if directory else None
     if task:
-        named(task)
-    directory = None if of_file and not task else _named_policy(argv)
-    skipped = {"joint_frame", "model_path", "image_size"}
-    if task and directory:
-        env = env_of_task(directory, task)
-    elif task:
-        env, skipped = task_env(task), skipped | {"cameras"}  # those are the policy's, which nobody has looked at yet
-    elif known := known_env(directory) if directory else None:
+        env = env_of_task(directory, task) if directory else task_env(task)
+    elif known:
         env = known[0]
         print(f"task as {known[1]} has it: {describe(env)}; flags override it")
     else:
         return {}
-    fields = {f.name for f in dataclasses.fields(start)} - skipped
-    values = {f.name: getattr(env, f.name) for f in dataclasses.fields(env) if f.name in fields}
-    if start.chunks_per_episode and start.n_action_steps:
-        values["chunks_per_episode"] = -(-env.max_steps_per_episode // start.n_action_steps)
+    values = _fields_of(env, dataclasses.fields(start), with_cameras=directory is not None)
+    if known and known[0].control_hz:
+        values["control_hz"] = known[0].control_hz
+    if env.max_steps_per_episode != start.max_steps_per_episode:
+        values["chunks_per_episode"] = 0  # as many as it takes
     return values | {"task": task or nearest_task(env)}
 
 
-def _named_policy(argv: Sequence[str]) -> Path | None:
-    """The directory of the policy that a flag names; None without one, and where it cannot be had (which is refused
-    later, by name)."""
-    for family, field in PATH_FIELDS.items():
-        if path := flag_value(argv, "--" + field.replace("_", "-"), "--" + field):
-            from reinflow_so101.policies import FAMILIES
+def _fields_of(env: Any, fields: Sequence[dataclasses.Field[Any]], with_cameras: bool) -> dict[str, Any]:
+    """What of a config's fields a task sets; cameras are the policy's, so only where that has been looked at."""
+    from so101_sim.tasks.registry import aspects
 
-            with contextlib.suppress(UserError, OSError):
-                return FAMILIES[family].directory(path)
-    return None
+    names = {f.name for f in fields} - (set() if with_cameras else {"cameras"})
+    return {name: value for name, value in aspects(env).items() if name in names}
+
+
+def _named_policy(argv: Sequence[str], start: Any) -> Path | None:
+    """The directory on this machine of the policy that a flag names; None without one. Nothing is downloaded."""
+    from reinflow_so101.policies import FAMILIES
+
+    family = flag_value(argv, "--model-type", "--model_type") or start.model_type
+    field = PATH_FIELDS.get(family, "")
+    path = flag_value(argv, "--" + field.replace("_", "-"), "--" + field)
+    if not path or family not in FAMILIES:
+        return None
+    directory = FAMILIES[family].embedded_directory(path) or Path(path)
+    return directory if (directory / "config.json").is_file() else None
 
 
 def this_command(script: str) -> str:

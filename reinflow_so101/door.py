@@ -375,12 +375,16 @@ def half_ranges(calibration: str) -> tuple[float, ...]:
     """Degrees to either side of the middle that the five arm joints turn by, from LeRobot's calibration file; raises
     ConfigError."""
     content = read_json(Path(calibration))
-    try:
-        halves = [(content[n]["range_max"] - content[n]["range_min"]) / 2 * 360 / MOTOR_STEPS for n in JOINT_NAMES[:-1]]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"calibration={calibration} is no calibration of an SO-101 (it lacks {error}): take LeRobot's"
-        ) from error
+    halves = []
+    for name in JOINT_NAMES[:-1]:
+        joint = content.get(name)
+        low, high = (joint.get(f"range_{end}") for end in ("min", "max")) if isinstance(joint, dict) else (None, None)
+        if type(low) is not int or type(high) is not int:
+            raise ConfigError(
+                f"calibration={calibration} is no calibration of an SO-101 (it lacks {name} with whole numbers "
+                "range_min and range_max): take LeRobot's"
+            )
+        halves.append((high - low) / 2 * 360 / MOTOR_STEPS)
     if not all(1 <= half <= 180 for half in halves):
         raise ConfigError(
             f"calibration={calibration} has ranges of {[round(2 * half) for half in halves]} degrees: calibrate again"

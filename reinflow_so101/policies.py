@@ -80,8 +80,12 @@ class Family:
 
     def directory(self, path: str) -> Path:
         """The policy directory that a path names; raises PolicyDirectoryError where there is none."""
-        folder = {self.embedded_name: self.folder, **self.others}.get(path)
-        return model_dir() / folder if folder else self.locate(path)
+        return self.embedded_directory(path) or self.locate(path)
+
+    def embedded_directory(self, name: str) -> Path | None:
+        """The directory of an embedded policy; None if there is none of that name."""
+        folder = {self.embedded_name: self.folder, **self.others}.get(name)
+        return model_dir() / folder if folder else None
 
     @property
     def embedded(self) -> Path:

@@ -13,7 +13,7 @@ from reinflow.checksums import check_sums
 from reinflow.settings import is_of, type_name
 from reinflow_vla.adaptation import features_of, known_cameras
 from reinflow_vla.directory import CONFIG_FILE, OBS_IMAGES_PREFIX, read_json
-from so101_mujoco_utils import CAMERA_NAMES
+from so101_mujoco_utils import CAMERA_NAMES, FRAMES
 from so101_sim.config import EnvConfig
 from so101_sim.tasks.registry import DEFAULT_TASK, TASKS, nearest_task, task_env
 
@@ -42,19 +42,38 @@ def known_env(policy_dir: Path) -> tuple[EnvConfig, Path] | None:
     if own.is_file():
         env = card_env(own)
         return (env, own) if env else None
-    training = policy_dir / TRAIN_CONFIG_FILE
-    if not training.is_file():
-        return None
-    content = read_json(training)
-    data, played = content.get("dataset"), content.get("env")
-    root = data.get("root") if isinstance(data, dict) else None
-    card = Path(str(root)) / "meta" / CARD_FILE
-    env = card_env(card) if root and card.is_file() else None
-    if env:
+    root, training = data_root(policy_dir), policy_dir / TRAIN_CONFIG_FILE
+    card = root / "meta" / CARD_FILE if root else None
+    env = card_env(card) if card and card.is_file() else None
+    if env and card:
         return as_seen_by(policy_dir, env), card
-    if isinstance(played, dict) and played.get("type") == PLUGIN_ENV and played.get("task") in TASKS:
-        return as_seen_by(policy_dir, task_env(played["task"])), training
-    return None
+    played = read_json(training).get("env") if training.is_file() else None
+    env = _played_env(played) if isinstance(played, dict) else None
+    return (as_seen_by(policy_dir, env), training) if env else None
+
+
+def data_root(policy_dir: Path) -> Path | None:
+    """The folder of the data set that lerobot-train trained a policy on, where that is on this machine."""
+    training = policy_dir / TRAIN_CONFIG_FILE
+    data = read_json(training).get("dataset") if training.is_file() else None
+    root = data.get("root") if isinstance(data, dict) else None
+    return Path(root) if isinstance(root, str) and Path(root).is_dir() else None
+
+
+def _played_env(settings: dict[str, Any]) -> EnvConfig | None:
+    """The environment that lerobot-train evaluated in, if it is ours and what is written of it makes sense."""
+    task, rate, frame = settings.get("task"), settings.get("fps"), settings.get("joint_frame")
+    noise = settings.get("start_noise_deg")
+    if settings.get("type") != PLUGIN_ENV or not isinstance(task, str) or task not in TASKS:
+        return None
+    env = task_env(task)
+    if frame in FRAMES:
+        env = dataclasses.replace(env, joint_frame=frame)
+    if isinstance(rate, int | float) and 1 <= rate <= 1_000 and rate != 50:
+        env = dataclasses.replace(env, control_hz=float(rate))
+    if isinstance(noise, int | float) and 0 <= noise <= 180:
+        env = dataclasses.replace(env, start_noise_deg=float(noise))
+    return env
 
 
 def stored_env(policy_dir: Path) -> EnvConfig:

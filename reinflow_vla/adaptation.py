@@ -60,8 +60,8 @@ def features_of(directory: Path) -> dict[str, dict[str, Any]]:
 def known_cameras(directory: Path) -> tuple[list[str], list[str]]:
     """Names of the cameras that a policy was trained with, and of those that are declared only: a base's, say.
 
-    Cameras with statistics of their own were in its data; else those in its normaliser; else all that are declared.
-    LeRobot fills in empty ones itself.
+    Cameras with statistics of their own, also under the names that its data had for them, were in its data; else those
+    in its normaliser; else all that are declared. LeRobot fills in empty ones itself.
     """
     declared = _cameras(features_of(directory))
     normalised = set()
@@ -71,6 +71,8 @@ def known_cameras(directory: Path) -> tuple[list[str], list[str]]:
     seen = {
         m[1] for name in _stored(directory) if (m := re.fullmatch(rf"{re.escape(OBS_IMAGES_PREFIX)}(.+)\.\w+", name))
     }
+    renamed = {ours.removeprefix(OBS_IMAGES_PREFIX): theirs for ours, theirs in stored_rename(directory).items()}
+    seen |= {str(renamed[name]).removeprefix(OBS_IMAGES_PREFIX) for name in seen if name in renamed}
     trained = seen & set(declared) or normalised & set(declared) or set(declared)
     return [name for name in declared if name in trained], [name for name in declared if name not in trained]
 

@@ -166,10 +166,14 @@ def resolve_folder(directory: Path, reference: str) -> str:
 def brings_its_backbone(directory: Path) -> bool:
     """Whether a policy names its backbone or tokenizer by a folder of this machine and not by a hub repository: its
     exports hold that folder, under a relative path, which LeRobot would look for in the working directory."""
-    named = read_json(directory / CONFIG_FILE).get("vlm_model_name")
-    if not named and (directory / PREPROCESSOR_FILE).is_file():
-        named = stored_tokenizer(directory)
-    return bool(named) and Path(resolve_folder(directory, str(named))).is_dir()
+    stored = read_json(directory / CONFIG_FILE)
+    if stored.get("type") not in ("smolvla", "pi0", "pi05"):
+        return False
+    try:
+        named = stored.get("vlm_model_name") or stored_tokenizer(directory)
+        return Path(resolve_folder(directory, str(named))).is_dir()
+    except PolicyDirectoryError:  # a tokenizer that is gone; who needs it says so
+        return False
 
 
 def base_of_adapter(directory: Path) -> Path | None:

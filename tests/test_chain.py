@@ -71,6 +71,7 @@ def chain(folder: Path, plugins: Path, numbers: Numbers, *while_training: str) -
     exported = export(ExportConfig(str(run), folder / "export"))
     assert "- Task: lift (" in (exported / "README.md").read_text()
     policy = materialize(exported, folder / "policy")
+    assert reinflow_eval.parse_args(["--policy-path", str(policy), "--output-dir", "x"]).env.randomize_block  # ours too
     lerobot(
         "eval", plugins, f"--policy.path={policy}", *ENV, f"--eval.n_episodes={numbers.episodes}",
         f"--eval.batch_size={numbers.episodes}", "--eval.use_async_envs=false", f"--output_dir={folder / 'eval'}",

@@ -29,7 +29,7 @@ from reinflow_so101.policy_card import TASK_GROUP, env_of_task, known_env, store
 from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
 from reinflow_vla.trust import no_remote_code
 from so101_sim.config import EnvConfig
-from so101_sim.tasks.registry import TASKS, describe, how_to_choose, shows_one_scene
+from so101_sim.tasks.registry import describe, how_to_choose, named, shows_one_scene
 
 if TYPE_CHECKING:
     from reinflow.env import Observation
@@ -75,7 +75,7 @@ class EvalConfig:
     calibration: str = ""
     """LeRobot's calibration file of one's own arm, for lerobot_m100_100."""
     task: str = ""
-    """Named task to play: lift, lift_wide, lift_fixed. Empty takes the one that the policy was made for."""
+    """Named task to play, such as lift or lift_wide; empty takes the one that the policy was made for."""
     env: EnvConfig = field(default_factory=EnvConfig)
     """The environment: the task's, as the policy sees it; these flags override it."""
 
@@ -90,8 +90,8 @@ class EvalConfig:
 
 def check_config(config: EvalConfig) -> None:
     """Raise a ConfigError for what cannot work."""
-    if config.task and config.task not in TASKS:
-        raise ConfigError(f"task={config.task} is unknown: choose one of {', '.join(TASKS)}")
+    if config.task:
+        named(config.task)
     if problems := list(out_of_range(config)):
         raise ConfigError("; ".join(problems))
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():

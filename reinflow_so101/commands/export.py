@@ -19,7 +19,7 @@ from reinflow import ConfigError, run_command
 from reinflow.checkpoint import CHECKPOINTS
 from reinflow.checksums import SUMS_FILE, check_sums, write_sums
 from reinflow_so101.commands.evaluate import find_policy
-from reinflow_so101.policy_card import stored_env
+from reinflow_so101.policy_card import TRAIN_CONFIG_FILE, known_env, stored_env, write_card
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -31,7 +31,7 @@ from reinflow_vla.directory import (
     write_json,
 )
 from reinflow_vla.smolvla_directory import VLM_FOLDER, write_references
-from so101_sim.tasks.registry import describe
+from so101_sim.tasks.registry import describe, how_to_choose
 
 CARD = "README.md"
 FLAGS = {"preset": "preset", "seed": "seed", "episodes": "num_episodes"}
@@ -60,10 +60,14 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError("fp32_backbone is of SmolVLA alone: leave it out")
     target = config.output_dir.resolve()
     refuse_existing(target)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE, ".git", ".cache"))
+    card, known = model_card(source, config.fp32_backbone), known_env(source)
+    left = (SUMS_FILE, TRAIN_CONFIG_FILE, ".git", ".cache")  # the second is full of somebody's own paths
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left))
+    if known:
+        write_card(target, known[0])
     if config.fp32_backbone:
         _widen(source, target)
-    (target / CARD).write_text(model_card(source, config.fp32_backbone), encoding="utf-8")
+    (target / CARD).write_text(card, encoding="utf-8")
     write_sums(target)
     return target
 
@@ -104,7 +108,9 @@ def model_card(policy_dir: Path, absolute: bool = False) -> str:
     """
     run = next((p for p in policy_dir.resolve().parents if (p / CHECKPOINTS).is_dir()), None)
     settings = _read(run / CONFIG_FILE) if run else {}
-    env, stored = stored_env(policy_dir), read_json(policy_dir / CONFIG_FILE)
+    known, stored = known_env(policy_dir), read_json(policy_dir / CONFIG_FILE)
+    env = known[0] if known else stored_env(policy_dir)
+    task = f'{describe(env)}, told "{env.instruction}", with an SO-101 in MuJoCo' if known else "it says of none"
     paths = {"smolvla": "pretrained_path", "pi0": "pi0_pretrained_path", "flow_mlp": "flow_mlp_pretrained_path"}
     base = str(settings.get(paths.get(str(settings.get("model_type")), ""), "") or "unknown")
     is_hub = base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
@@ -114,7 +120,7 @@ def model_card(policy_dir: Path, absolute: bool = False) -> str:
         "license_name: that-of-the-base-model", "tags: [robotics, lerobot, reinflow, so101]", "---", "",
         f"# {stored.get('type')} fine-tuned by ReinFlow in simulation", "",
         f"- Base: {base}; its licence holds for this policy too",
-        f'- Task: {describe(env)}, told "{env.instruction}", with an SO-101 in MuJoCo',
+        f"- Task: {task}",
         f"- Joints: LeRobot's {'degrees' if env.joint_frame == 'lerobot' else env.joint_frame}; cameras: "
         f"{', '.join(env.cameras)}; {env.control_hz or 50:g} control steps a second",
         f"- Actions: {stored.get('n_action_steps', stored.get('chunk_size'))} executed of "
@@ -160,6 +166,8 @@ def run(config: ExportConfig) -> None:
     """Export, and say what plain LeRobot needs of it."""
     target = export(config)
     print(f"wrote {target}")
+    if known_env(target) is None:
+        print(f"nothing says which task it is for; who evaluates it must: {how_to_choose()}")
     if brings_its_backbone(target) and not config.fp32_backbone:
         print(
             f"it brings its backbone's folder along, so it can be moved; for LeRobot's own commands write a copy with "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from reinflow import run_command
 from reinflow.checkpoint import CHECKPOINTS, PRETRAINED
+from reinflow.checksums import SUMS_FILE, write_sums
 from reinflow_so101.commands.evaluate import find_policy
 from reinflow_so101.policies import EMBEDDED
 from reinflow_vla.directory import (
@@ -56,7 +57,7 @@ def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
     folder = Path(resolve_folder(source, str(vlm_name or stored_tokenizer(source))))
     if not folder.is_dir():
         raise PolicyDirectoryError(f"{source} refers to the hub ({folder}): LeRobot loads it as it is, nothing to do")
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE))
     inside = target / folder.name
     if folder.parent != source:
         shutil.copytree(folder, inside, dirs_exist_ok=True)
@@ -64,6 +65,7 @@ def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
         write_references(target, str(inside))
     else:
         store_tokenizer(target, str(inside))
+    write_sums(target)
     return target
 
 

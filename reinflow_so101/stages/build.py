@@ -23,8 +23,9 @@ from reinflow_so101.stages.build_smolvla import TinyConfig
 from reinflow_so101.stages.demonstrations import DemoConfig
 from reinflow_so101.stages.pretrain import PretrainConfig
 from reinflow_so101.stages.sft_smolvla import SftConfig
+from reinflow_vla.directory import read_json, refuse_existing, write_json
 
-BASE, POLICY = "tiny_smolvla_base", "tiny_smolvla"
+BASE, POLICY, BUILD_FILE = "tiny_smolvla_base", "tiny_smolvla", "build.json"
 FIRST_DEMONSTRATION = 1_000_000  # far from every seed of training, tuning and reporting
 SHIPPED_STEP = 600
 
@@ -102,6 +103,7 @@ def build(config: BuildConfig) -> tuple[Path, Path]:
 
     torch.set_num_threads(config.num_threads)
     folder = config.output_dir
+    same_build(config)
     plan = smoke(recipe(folder)) if config.smoke else recipe(folder)
     stage("random weights", plan.weights.output_dir, lambda at: build_policy(replace(plan.weights, output_dir=at)))
     stage("perception", plan.perception.output_dir, lambda at: pretrain(replace(plan.perception, output_dir=at)))
@@ -114,6 +116,21 @@ def build(config: BuildConfig) -> tuple[Path, Path]:
     stage(POLICY, folder / POLICY, lambda at: shutil.copytree(checkpoint, at))
     print(f"wrote {folder / BASE} and {folder / POLICY}")
     return folder / BASE, folder / POLICY
+
+
+def same_build(config: BuildConfig) -> None:
+    """Refuse a folder that holds another build, or anything else; note in it which one this is."""
+    settings = {"num_threads": config.num_threads, "smoke": config.smoke}
+    file = config.output_dir / BUILD_FILE
+    if file.is_file():
+        if read_json(file) != settings:
+            raise ConfigError(
+                f"{config.output_dir} holds a build with {read_json(file)}, this is {settings}: choose another folder"
+            )
+        return
+    refuse_existing(config.output_dir)
+    config.output_dir.mkdir(parents=True)
+    write_json(file, settings)
 
 
 def stage(name: str, target: Path, make: Callable[[Path], object]) -> None:

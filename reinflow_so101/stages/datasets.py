@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from reinflow import UserError
 from reinflow_so101.stages.demonstrations import DECISION_STEPS, quiet_lerobot
 from reinflow_vla.directory import ACTION, OBS_IMAGES_PREFIX, OBS_STATE, read_json
-from so101_mujoco_utils import NUM_JOINTS
+from so101_mujoco_utils import JOINT_NAMES, NUM_JOINTS
 
 if TYPE_CHECKING:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -46,20 +46,32 @@ def check_dataset(root: Path, cameras: Sequence[str] = (), control_hz: float = 0
     version = str(info.get("codebase_version"))
     if version.split(".", maxsplit=1)[0] != CODEBASE_VERSION.split(".")[0]:
         raise SftError(
-            f"{root} is of LeRobot's format {version}, this one reads {CODEBASE_VERSION}: convert it with python -m "
-            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id NAME --root {root}"
+            f"{root} is of LeRobot's format {version}, this one reads {CODEBASE_VERSION}: "
+            + (
+                f"convert it with python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id NAME --root {root} "
+                "--push-to-hub=false"
+                if version.startswith("v2")
+                else "record it with this LeRobot"
+            )
         )
     if not info.get("total_episodes"):
         raise SftError(f"{root} holds no whole episode (total_episodes in meta/info.json): was the recording finished?")
-    features = info.get("features", {})
+    features = info.get("features")
+    if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
+        raise SftError(f"{root}/meta/info.json has no features: {features!r}: record it again")
     for name in (OBS_STATE, ACTION):
         if (shape := features.get(name, {}).get("shape")) != [NUM_JOINTS]:
             raise SftError(f"{root} has {name} of shape {shape}, the SO-101 needs [{NUM_JOINTS}]: use data of this arm")
-    rate = control_hz or CONTROL_FPS
-    if round(float(info.get("fps") or 0)) != round(rate):
+        names = features[name].get("names")
+        if isinstance(names, list) and [str(n).removesuffix(".pos") for n in names] != list(JOINT_NAMES):
+            order = ", ".join(map(str, names))
+            raise SftError(f"{root} has {name} in the order {order}: record it in the arm's, {', '.join(JOINT_NAMES)}")
+    rate, fps = control_hz or CONTROL_FPS, info.get("fps")
+    if not isinstance(fps, int | float) or round(fps) != round(rate):
+        known = isinstance(fps, int | float) and fps > 0
         raise SftError(
-            f"{root} is of {info.get('fps')} frames a second, the simulator's control steps are {rate:g}: record with "
-            f"--fps={rate:g}, or have the arm simulated at that rate: --control-hz {info.get('fps')}"
+            f"{root} is of {fps} frames a second, the simulator's control steps are {rate:g}: record with "
+            f"--fps={rate:g}" + (f", or have the arm simulated at that rate: --control-hz {fps:g}" if known else "")
         )
     found = [name for name in features if name.startswith(OBS_IMAGES_PREFIX)]
     absent = [name for name in cameras if name not in found]
@@ -69,6 +81,14 @@ def check_dataset(root: Path, cameras: Sequence[str] = (), control_hz: float = 0
             "which, recorded -> policy: --rename-map "
             f"""'{{"{(found or ["observation.images.NAME"])[0]}": "{absent[0]}"}}'"""
         )
+
+
+def camera_names(root: Path) -> list[str]:
+    """Names of the cameras that a dataset was recorded with; none where it is no dataset."""
+    info = root / "meta" / "info.json"
+    features = read_json(info).get("features") if info.is_file() else None
+    names = features if isinstance(features, dict) else {}
+    return [name.removeprefix(OBS_IMAGES_PREFIX) for name in names if name.startswith(OBS_IMAGES_PREFIX)]
 
 
 @dataclass
@@ -105,6 +125,7 @@ def read_demonstrations(
     cameras: Mapping[str, str] | None = None,
     every: int = DECISION_STEPS,
     control_hz: float = 0.0,
+    size: tuple[int, int] | None = None,
 ) -> Demonstrations:
     """Read and decode a dataset of whole episodes.
 
@@ -115,6 +136,7 @@ def read_demonstrations(
         cameras: the policy's feature -> the dataset's; None takes all that there are.
         every: control steps between decisions.
         control_hz: as in `check_dataset`.
+        size: (height, width) that larger images are scaled to, as LeRobot's SmolVLA does it; None keeps them.
 
     Raises:
         SftError: it is not there, not whole, or too large for memory.
@@ -146,11 +168,12 @@ def read_demonstrations(
         keep = frames_to_keep(int(length), jitter, every=every)
         kept[number, keep] = len(rows) + np.arange(len(keep))
         rows += (start + keep).tolist()
-    _refuse_too_large(root, [dataset.meta.features[name]["shape"] for name in wanted.values()], len(rows))
+    shapes = {key: _kept_shape(dataset.meta.features[name]["shape"], size) for key, name in wanted.items()}
+    _refuse_too_large(root, len(rows) * sum(int(np.prod(shape)) for shape in shapes.values()))
     return Demonstrations(
         state=state[index],
         action=action[index],
-        images=_decoded(dataset, rows, wanted),
+        images=_decoded(dataset, rows, wanted, shapes),
         kept=kept,
         lengths=lengths,
         instructions=[str(text) for text in dataset.meta.tasks.sort_values("task_index").index],
@@ -159,22 +182,35 @@ def read_demonstrations(
     )
 
 
-def _decoded(dataset: LeRobotDataset, rows: list[int], cameras: Mapping[str, str]) -> dict[str, NDArray[np.uint8]]:
+def _kept_shape(recorded: Sequence[int], size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(3, h, w) of an image in memory: as recorded (h, w, 3), or of ``size`` where that is less."""
+    height, width, channels = recorded
+    if size and height * width > size[0] * size[1]:
+        height, width = size
+    return channels, height, width
+
+
+def _decoded(
+    dataset: LeRobotDataset, rows: list[int], cameras: Mapping[str, str], shapes: Mapping[str, tuple[int, int, int]]
+) -> dict[str, NDArray[np.uint8]]:
     """Images (M, 3, h, w) of these rows by the policy's camera."""
+    from lerobot.policies.common.vla_utils import resize_with_pad
     from rich.progress import track
 
-    images: dict[str, list[NDArray[np.uint8]]] = {key: [] for key in cameras}
-    for row in track(rows, "decoding", disable=not sys.stdout.isatty()):
+    images: dict[str, NDArray[np.uint8]] = {key: np.empty((len(rows), *shapes[key]), dtype=np.uint8) for key in cameras}
+    for at, row in enumerate(track(rows, "decoding", disable=not sys.stdout.isatty())):
         frame = dataset[row]
         for key, recorded in cameras.items():
-            images[key].append((frame[recorded] * 255.0).round().byte().numpy())
-    return {key: np.stack(pictures) for key, pictures in images.items()}
+            image = frame[recorded]
+            if tuple(image.shape) != shapes[key]:
+                image = resize_with_pad(image[None], *shapes[key][1:], pad_value=0)[0]
+            images[key][at] = (image * 255.0).round().byte().numpy()
+    return images
 
 
-def _refuse_too_large(root: Path, shapes: Sequence[Sequence[int]], frames: int) -> None:
+def _refuse_too_large(root: Path, needed: int) -> None:
     import psutil
 
-    needed = frames * sum(int(np.prod(shape)) for shape in shapes)
     if needed > MEMORY_SHARE * psutil.virtual_memory().available:
         raise SftError(
             f"the images of {root} take {needed / 2**30:.1f} GiB of memory, more than is free: record smaller ones, or "

@@ -24,7 +24,7 @@ from reinflow import ConfigError, UserError, run_command
 from reinflow_so101.policy_card import write_card
 from so101_mujoco_utils import JOINT_NAMES
 from so101_sim.config import EnvConfig
-from so101_sim.tasks.registry import demonstration_env, describe, named, task_env
+from so101_sim.tasks.registry import RANGES, demonstration_env, describe, named, task_env
 
 if TYPE_CHECKING:  # MuJoCo and LeRobot are loaded when a recording starts
     from so101_gym_env import SO101PickEnv
@@ -47,7 +47,7 @@ class DemoConfig:
     output_dir: Path
     """Folder of the dataset; refused if it exists."""
     task: str = "lift"
-    """Named task to record (so101_sim/tasks/registry.py): lift, lift_wide, lift_fixed. The fields below override it."""
+    """Named task to record, such as lift or lift_wide (so101_sim/tasks/registry.py); the fields below override it."""
     episodes: int = 300
     """Successful episodes to keep; failed ones are not stored."""
     first_seed: int = 1_000
@@ -78,7 +78,10 @@ class DemoConfig:
     """The task string of every frame; empty takes the task's."""
 
     def __post_init__(self) -> None:
-        named(self.task)
+        moves = demonstration_env(self.task).randomize_block  # an unknown task is refused here
+        unread = [name for name in RANGES if getattr(self, name) is not None]
+        if unread and not moves:
+            raise ConfigError(f"{', '.join(unread)} not read by task={self.task}, where the block lies still: drop it")
         if self.episodes < 1:
             raise ConfigError(f"episodes is {self.episodes}: use at least 1")
         if self.first_seed < 0:
@@ -89,7 +92,8 @@ class DemoConfig:
     def env(self) -> EnvConfig:
         """The environment that is recorded; it never ends early, so that episodes are complete."""
         names = ("cameras", "block_radius_range", "block_angle_deg", "block_yaw_deg", "starting_position")
-        given: dict[str, Any] = {name: getattr(self, name) for name in (*names, "instruction") if getattr(self, name)}
+        given: dict[str, Any] = {name: getattr(self, name) for name in (*names, "instruction")}
+        given = {name: value for name, value in given.items() if value is not None and value not in ((), "")}
         changes: dict[str, Any] = {
             "image_size": self.image_size,
             "start_noise_deg": self.start_noise_deg,
@@ -102,7 +106,7 @@ class DemoConfig:
         that were given."""
         ours, task = self.env(), task_env(self.task)
         margins = named(self.task).demonstrations
-        kept: dict[str, Any] = {name: getattr(task, name) for name in margins if not getattr(self, name)}
+        kept: dict[str, Any] = {name: getattr(task, name) for name in margins if getattr(self, name) is None}
         noise, height = task.start_noise_deg, task.lift_threshold
         return replace(ours, **kept, start_noise_deg=noise, lift_threshold=height)
 

@@ -397,7 +397,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
             print(json.dumps(perception_errors(net, held_out, stats, size)), flush=True)
     errors = perception_errors(net, held_out, stats, size)
     export_policy(policy, preprocessor, postprocessor, config.output_dir)
-    record = {"errors": errors, "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}}
+    record = {"errors": errors, "config": {k: v for k, v in asdict(config).items() if not isinstance(v, Path)}}
     write_json(config.output_dir / "perception.json", record)
     return errors
 

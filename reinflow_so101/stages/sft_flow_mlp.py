@@ -51,7 +51,7 @@ class FlowMlpSftConfig:
     output_dir: Path
     """Gets the policy, reinflow.json (its environment) and sft.json; refused if it exists."""
     task: str = "lift"
-    """Named task to learn: lift, lift_wide, lift_fixed."""
+    """Named task to learn, such as lift or lift_wide (so101_sim/tasks/registry.py)."""
     episodes: int = 30
     """Successful demonstrations. Few make a weak policy, which is what RL is to mend."""
     first_seed: int = 1_000

@@ -32,6 +32,7 @@ from reinflow_so101.stages.batches import TrainingBatches, chunk_at
 from reinflow_so101.stages.datasets import (
     Demonstrations,
     SftError,
+    camera_names,
     check_dataset,
     decisions,
     read_demonstrations,
@@ -47,7 +48,7 @@ from reinflow_vla.directory import (
 )
 from so101_mujoco_utils import CAMERA_NAMES
 from so101_sim.config import EnvConfig
-from so101_sim.tasks.registry import describe, how_to_choose, named
+from so101_sim.tasks.registry import DEFAULT_TASK, describe, how_to_choose, named
 
 if TYPE_CHECKING:
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -106,8 +107,8 @@ class SftConfig:
     num_steps: tuple[int, ...] = (1, 4)
     """Denoising steps to evaluate with; the first is stored in the exported policy."""
     task: str = ""
-    """Named task of the evaluation: lift, lift_wide, lift_fixed. Empty takes what the dataset was recorded for, else
-    what the policy was made for."""
+    """Named task of the evaluation, such as lift or lift_wide; empty takes what the dataset was recorded for, else what
+    the policy was made for."""
     rename_map: str = ""
     """Which recorded camera is which of the policy's, and for the evaluation which of the scene's, in LeRobot's form:
     '{"observation.images.front": "observation.images.camera_up"}'. Empty: by name."""
@@ -186,7 +187,11 @@ def _whole_data(config: SftConfig, directory: Path, every: int) -> Demonstration
     """The demonstrations, checked before they are decoded; raises SftError."""
     cameras = recorded_cameras(config, directory)
     check_dataset(config.dataset_root, list(cameras.values()), config.control_hz)
-    data = read_demonstrations(config.dataset_root, config.repo_id, config.jitter, cameras, every, config.control_hz)
+    size = read_json(directory / CONFIG_FILE).get("resize_imgs_with_padding")
+    data = read_demonstrations(
+        config.dataset_root, config.repo_id, config.jitter, cameras, every, config.control_hz,
+        (size[1], size[0]) if size else None,
+    )  # fmt: skip
     if len(data.state) - config.held_out < max(1, config.episodes):
         raise SftError(
             f"{config.dataset_root} has {len(data.state)} episodes: too few for episodes={config.episodes} beside "
@@ -246,7 +251,7 @@ def finetune(config: SftConfig) -> dict[str, Any]:
                 ),
                 "success": evaluate_success(policy, preprocessor, postprocessor, config, game),
             }
-            save(config, policy, preprocessor, postprocessor, record, game.env)
+            save(config, policy, preprocessor, postprocessor, record, game.env if game.known else None)
         began = time.perf_counter()
     return record
 
@@ -313,28 +318,51 @@ class Played:
     env: EnvConfig
     cameras: dict[str, str]  # the scene's -> the policy's
     why: str  # this task
+    known: bool  # whether somebody says that it is this task; a guess is not written beside the policy
+    lines: tuple[str, ...] = ()  # how its cameras were found
     refused: str = ""  # why nothing can be played
 
     def summary(self) -> str:
         """For people."""
         if self.refused:
             return f"no evaluation: {self.refused}"
-        return f"evaluated on {describe(self.env)}; {self.why}"
+        return "\n".join([f"evaluated on {describe(self.env)}; {self.why}", *self.lines])
+
+
+def bare_rename_map(config: SftConfig, cameras: Sequence[str], recorded: Sequence[str]) -> dict[str, str]:
+    """--rename-map without prefixes, recorded or the scene's -> the policy's. Raises ConfigError for other names."""
+    given = {
+        one.removeprefix(OBS_IMAGES_PREFIX): other.removeprefix(OBS_IMAGES_PREFIX)
+        for one, other in read_rename_map(config.rename_map).items()
+    }
+    strange = [name for name in given if name not in (*recorded, *CAMERA_NAMES)]
+    strange += [name for name in given.values() if name not in cameras]
+    if strange:
+        raise ConfigError(
+            f"rename_map names {', '.join(strange)}: it goes from what is recorded ({', '.join(recorded) or 'none'}) "
+            f"or the scene's ({', '.join(CAMERA_NAMES)}) to what the policy looks through ({', '.join(cameras)})"
+        )
+    for known in (recorded, CAMERA_NAMES):
+        targets = [given[name] for name in given if name in known]
+        if len(set(targets)) < len(targets):
+            raise ConfigError(f"rename_map gives two cameras to one of the policy's: {given}")
+    return given
 
 
 def recorded_cameras(config: SftConfig, policy_dir: Path) -> dict[str, str]:
     """The policy's image feature -> the dataset's, by name or as --rename-map says."""
     cameras, _ = known_cameras(policy_dir)
-    info = config.dataset_root / "meta" / "info.json"
-    recorded = read_json(info).get("features", {}) if info.is_file() else {}
-    given = {theirs: name for name, theirs in read_rename_map(config.rename_map).items() if name in recorded}
-    return {feature: given.get(feature, feature) for feature in (OBS_IMAGES_PREFIX + name for name in cameras)}
+    recorded = camera_names(config.dataset_root)
+    given = {theirs: name for name, theirs in bare_rename_map(config, cameras, recorded).items() if name in recorded}
+    return {OBS_IMAGES_PREFIX + name: OBS_IMAGES_PREFIX + given.get(name, name) for name in cameras}
 
 
 def played(config: SftConfig, policy_dir: Path, frames: int, every: int) -> Played:
-    """The task of the evaluation: as --task, the dataset, or the policy says; as long as the demonstrations are."""
+    """The task of the evaluation: as --task, the dataset, or the policy says; else a guess, as long as the
+    demonstrations are."""
     card = config.dataset_root / "meta" / CARD_FILE
     data, own = card_env(card) if card.is_file() else None, known_env(policy_dir)
+    known = bool(config.task or data or own)
     if config.task:
         env, why = env_of_task(policy_dir, config.task), "as --task says"
     elif data:
@@ -342,22 +370,23 @@ def played(config: SftConfig, policy_dir: Path, frames: int, every: int) -> Play
     elif own:
         env, why = own[0], f"as {own[1]} says"
     else:
-        env, why = env_of_task(policy_dir, "lift"), "nothing says what the data was recorded for"
-    steps = every * -(-max(frames, env.max_steps_per_episode) // every)
-    seen = {OBS_IMAGES_PREFIX + name for name in CAMERA_NAMES}
-    rename = {ours: theirs for ours, theirs in read_rename_map(config.rename_map).items() if ours in seen}
+        env, why = env_of_task(policy_dir, DEFAULT_TASK), "nothing says what the data was recorded for"
+        env = replace(env, max_steps_per_episode=every * -(-max(frames, env.max_steps_per_episode) // every))
+    if config.control_hz:
+        env = replace(env, control_hz=config.control_hz)
+    cameras, _ = known_cameras(policy_dir)
+    rename = bare_rename_map(config, cameras, camera_names(config.dataset_root))
+    rename = {OBS_IMAGES_PREFIX + a: OBS_IMAGES_PREFIX + b for a, b in rename.items() if a in CAMERA_NAMES}
     entrance = enter(policy_dir, DoorSettings(rename_map=json.dumps(rename) if rename else ""), CAMERA_NAMES)
     scene = {ours: theirs for theirs, ours in entrance.cameras.items() if ours in CAMERA_NAMES}
-    refused = ""
-    if len(scene) < len(entrance.cameras):
-        refused = (
-            f"the policy looks through {', '.join(entrance.cameras)}, the scene has {', '.join(CAMERA_NAMES)}; "
-            "--rename-map says which is which"
-        )
-        scene = {}
-    rate: dict[str, Any] = {"control_hz": config.control_hz} if config.control_hz else {}
-    env = replace(env, cameras=tuple(scene) or env.cameras, max_steps_per_episode=steps, **rate)
-    return Played(env, scene, f"{why}; {how_to_choose()}", refused)
+    why, lines = f"{why}; {how_to_choose()}", tuple(line for line in entrance.lines if line.startswith("cameras"))
+    if len(scene) == len(cameras):
+        return Played(replace(env, cameras=tuple(scene)), scene, why, known, lines)
+    refused = (
+        f"the policy looks through {', '.join(cameras)}, the scene has {', '.join(CAMERA_NAMES)}; --rename-map says "
+        "which is which"
+    )
+    return Played(env, {}, why, known, lines, refused)
 
 
 def evaluate_success(
@@ -407,14 +436,15 @@ def save(
     preprocessor: PolicyProcessorPipeline,
     postprocessor: PolicyProcessorPipeline,
     record: dict[str, Any],
-    env: EnvConfig,
+    env: EnvConfig | None,
 ) -> None:
     """Write checkpoints/<step>/ with its environment (reinflow.json) and append the record to metrics.jsonl."""
     from reinflow_vla.smolvla_directory import export_policy
 
     directory = config.output_dir / "checkpoints" / f"{record['step']:06d}"
     export_policy(policy, preprocessor, postprocessor, directory)
-    write_card(directory, env)
+    if env:
+        write_card(directory, env)
     line = json.dumps(record)
     with (config.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")

@@ -10,6 +10,7 @@ import torch
 
 from reinflow import ConfigError
 from reinflow_so101.stages import build
+from reinflow_vla.directory import PolicyDirectoryError
 from reinflow_vla.smolvla_directory import load_smolvla
 from so101_mujoco_utils import model_dir
 
@@ -37,6 +38,15 @@ def test_every_stage_in_small_and_on_after_a_stop(tmp_path: Path, capsys, monkey
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed and all("lm_expert" in name or "action_" in name for name in changed)  # hands, not eyes
     assert not list(config.output_dir.glob("*.part"))
+
+
+def test_a_folder_of_another_build_is_refused(tmp_path: Path) -> None:
+    build.same_build(build.BuildConfig(tmp_path / "build", smoke=True))
+    build.same_build(build.BuildConfig(tmp_path / "build", smoke=True))
+    with pytest.raises(ConfigError, match="holds a build with"):
+        build.build(build.BuildConfig(tmp_path / "build"))
+    with pytest.raises(PolicyDirectoryError, match="exists"):
+        build.build(build.BuildConfig(tmp_path))
 
 
 def test_bad_threads() -> None:

@@ -10,6 +10,7 @@ import pytest
 from reinflow_so101.stages import demonstrations
 from so101_mujoco_utils import FRAMES
 from so101_sim.expert import ScriptedExpert
+from so101_sim.tasks.registry import differences, nearest_task
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,23 @@ def test_disturbance_is_smooth_bounded_and_spares_the_gripper() -> None:
     assert not motion[:, 5].any()
 
 
+def test_what_is_recorded_and_what_it_is_for() -> None:
+    config = demonstrations.DemoConfig(output_dir=Path("x"))
+    assert config.env().block_radius_range == (0.19, 0.29) and nearest_task(config.task_env()) == "lift"
+    assert differences(config.task_env(), "lift") == {}
+    still = demonstrations.DemoConfig(output_dir=Path("x"), block_yaw_deg=0.0)
+    assert still.env().block_yaw_deg == still.task_env().block_yaw_deg == 0.0
+    wide = demonstrations.DemoConfig(output_dir=Path("x"), task="lift_wide")
+    assert wide.env().block_angle_deg == 60.0 and differences(wide.task_env(), "lift_wide") == {}
+
+
 def test_bad_configurations() -> None:
     with pytest.raises(ValueError, match="episodes"):
         demonstrations.DemoConfig(output_dir=Path("x"), episodes=0)
+    with pytest.raises(ValueError, match="block_angle_deg not read by task=lift_fixed"):
+        demonstrations.DemoConfig(output_dir=Path("x"), task="lift_fixed", block_angle_deg=40.0)
+    with pytest.raises(ValueError, match="task=lfit is unknown"):
+        demonstrations.DemoConfig(output_dir=Path("x"), task="lfit")
     with pytest.raises(ValueError, match="disturbance_deg"):
         demonstrations.DemoConfig(output_dir=Path("x"), disturbance_deg=(1.0,))
 

@@ -19,15 +19,19 @@ from safetensors.torch import load_file
 from reinflow import ConfigError, UserError
 from reinflow.env import take_rows
 from reinflow.flow import ChainSpec
+from reinflow_so101.commands import export as export_command
 from reinflow_so101.commands.export import ExportConfig, export
+from reinflow_so101.commands.materialize import materialize
 from reinflow_so101.door import DoorSettings, adapted, enter
 from reinflow_so101.opening import make_policy, make_run, settle
 from reinflow_so101.policies import FAMILIES, ActingSettings
-from reinflow_so101.policy_card import stored_env
+from reinflow_so101.policy_card import stored_env, write_card
+from reinflow_vla.adaptation import known_cameras
 from reinflow_vla.base import lerobot_batch
-from reinflow_vla.directory import locate_policy
+from reinflow_vla.directory import brings_its_backbone, locate_policy, store_tokenizer
 from reinflow_vla.smolvla_directory import load_smolvla
 from so101_mujoco_utils import CAMERA_NAMES, FRAMES, m100_frame, model_dir
+from so101_sim.tasks.registry import nearest_task, task_env
 from tests.foreign import add_camera, bf16_backbone, clone, convert_statistics, edit, rename_cameras
 from tests.hub import smolvla_base
 from train_reinflow import PRESETS, TrainingConfig, parse_args, train
@@ -481,3 +485,51 @@ def test_a_resumed_run_does_not_look_at_the_outside_again(tmp_path):
         tmp_path / "run/checkpoints/last/pretrained_model/policy_preprocessor_step_5_normalizer_processor.safetensors"
     )  # fmt: skip
     np.testing.assert_allclose(after["action.mean"], OWN["action.mean"], rtol=1e-6)
+
+
+def test_cameras_that_lerobot_renamed_in_training_are_the_ones_it_knows(tmp_path):
+    """lerobot-train --rename_map keeps a base's camera1 to camera3, and its statistics by the data set's names."""
+    folder = rename_cameras(clone(tmp_path / "p"), {"camera_up": "camera1", "wrist_camera": "camera2"})
+    add_camera(folder, "camera3", (3, 96, 96))
+    names = {"observation.images.camera_up": "camera1", "observation.images.wrist_camera": "camera2"}
+    rename = {name: f"observation.images.{theirs}" for name, theirs in names.items()}
+    for step in json.loads((folder / "policy_preprocessor.json").read_text())["steps"]:
+        if step["registry_name"] == "normalizer_processor":
+            file, declared = folder / step["state_file"], step
+    edit(folder, "policy_preprocessor.json", lambda c: [
+        s["config"].update(rename_map=rename) if s["registry_name"] == "rename_observations_processor" else
+        s["config"]["features"].update({"observation.images.camera3": {"type": "VISUAL", "shape": [3, 96, 96]}})
+        if s["registry_name"] == declared["registry_name"] else None
+        for s in c["steps"]
+    ])  # fmt: skip
+    seen = {f"{name}.mean": np.full((3, 1, 1), 0.5, dtype=np.float32) for name in rename}
+    save_arrays(load_arrays(file) | seen, file)
+    assert known_cameras(folder) == (["camera1", "camera2"], ["camera3"])
+    entrance = enter(folder, DoorSettings(), CAMERA_NAMES)
+    assert entrance.problems == [] and entrance.cameras == {"camera1": "camera_up", "camera2": "wrist_camera"}
+
+
+def test_an_export_carries_its_task_or_says_that_nothing_does(tmp_path, capsys):
+    policy, data = clone(tmp_path / "p"), tmp_path / "data"
+    export_command.run(ExportConfig(str(policy), tmp_path / "unknown"))
+    assert "nothing says which task it is for" in capsys.readouterr().out
+    assert "- Task: it says of none" in (tmp_path / "unknown/README.md").read_text()
+    assert not (tmp_path / "unknown/reinflow.json").exists()
+    (data / "meta").mkdir(parents=True)
+    write_card(data / "meta", task_env("lift_wide"))
+    (policy / "train_config.json").write_text(json.dumps({"dataset": {"root": str(data)}}))
+    out = export(ExportConfig(str(policy), tmp_path / "known"))
+    assert "- Task: lift_wide (" in (out / "README.md").read_text()
+    assert not (out / "train_config.json").exists()  # somebody's own paths
+    shutil.rmtree(data)
+    assert nearest_task(stored_env(out)) == "lift_wide"  # it travels
+    copy = materialize(out, tmp_path / "copy")
+    assert nearest_task(stored_env(copy)) == "lift_wide"  # its sums are its own
+
+
+def test_a_tokenizer_that_is_gone_is_named_by_who_needs_it(tmp_path):
+    folder = clone(tmp_path / "p", "tiny_pi0")
+    store_tokenizer(folder, "/gone/tokenizer")
+    assert not brings_its_backbone(folder)  # not a word here: --pi0-tokenizer-path may stand for it
+    store_tokenizer(folder, "./tokenizer")
+    assert brings_its_backbone(folder)

@@ -124,9 +124,11 @@ def test_one_step_share_puts_that_part_of_a_batch_at_pure_noise(share: float) ->
 
 
 @pytest.mark.parametrize(("change", "problem"), [
-    ({"codebase_version": "v2.1"}, r"format v2.1, this one reads v3.*convert_dataset_v21_to_v30"),
+    ({"codebase_version": "v2.1"}, r"format v2.1, this one reads v3.*convert_dataset_v21_to_v30.*--push-to-hub=false"),
     ({"total_episodes": 0}, "holds no whole episode"),
-    ({"fps": 30}, "--fps=50"),
+    ({"codebase_version": "v4.0"}, "record it with this LeRobot"),
+    ({"fps": 30}, "--fps=50, or .*--control-hz 30"), ({"fps": None}, "--fps=50$"), ({"fps": "fifty"}, "--fps=50$"),
+    ({"features": [1]}, "has no features"), ({"features": {"action": 5}}, "has no features"),
 ])  # fmt: skip
 def test_data_that_cannot_be_learned_from_is_refused_by_what_it_says(start, tmp_path, change, problem) -> None:
     root = tmp_path / "data"
@@ -197,6 +199,7 @@ def test_data_of_ones_own_cameras_trains_and_is_not_evaluated_blindly(start, tel
     assert record["success"] == {} and np.isfinite(record["loss"])
     said = capsys.readouterr().out
     assert "no evaluation: the policy looks through front, gripper" in said and "--rename-map" in said
+    assert not (tmp_path / "out/checkpoints/000002/reinflow.json").exists()  # a guess is no fact
     # The scene's cameras under the names that the policy has for them:
     rename = {f"observation.images.{ours}": f"observation.images.{theirs}" for ours, theirs in TELEOPERATED.items()}
     record = sft_smolvla.finetune(
@@ -214,11 +217,13 @@ def test_recorded_cameras_by_a_rename_map(start, teleoperated, tmp_path) -> None
     assert set(record["success"]) == {"K1"}  # the policy's own names are the scene's
 
 
-def test_the_data_says_which_task_it_is_of(start, tmp_path, capsys) -> None:
+def test_the_data_says_which_task_it_is_of(start, teleoperated, tmp_path) -> None:
     config = sft_smolvla.SftConfig(start[0], start[1], tmp_path / "out")
     game = sft_smolvla.played(config, start[0], 150, 50)
     assert nearest_task(game.env) == "lift" and "reinflow.json says" in game.why
-    assert sft_smolvla.played(config, start[0], 320, 50).env.max_steps_per_episode == 350
+    assert game.known and sft_smolvla.played(config, start[0], 320, 50).env.max_steps_per_episode == 150
+    guess = sft_smolvla.played(dataclasses.replace(config, dataset_root=teleoperated), start[0], 320, 50)
+    assert not guess.known and guess.env.max_steps_per_episode == 350 and "nothing says" in guess.why
     wide = dataclasses.replace(config, task="lift_wide")
     assert nearest_task(sft_smolvla.played(wide, start[0], 150, 50).env) == "lift_wide"
     with pytest.raises(ConfigError, match="task=lfit is unknown"):
@@ -233,6 +238,23 @@ def test_data_of_another_rate_is_taken_when_said(start, tmp_path) -> None:
     config = sft_smolvla.SftConfig(start[0], root, tmp_path / "out", control_hz=30.0)
     assert sft_smolvla.played(config, start[0], 150, 50).env.control_hz == 30.0
     check_dataset(root, control_hz=30.0)
+
+
+@pytest.mark.parametrize(("rename", "problem"), [
+    ({"frnt": "camera_up"}, "names frnt"), ({"front": "camera_upp"}, "names camera_upp"),
+    ({"front": "camera_up", "gripper": "camera_up"}, "two cameras to one"),
+])  # fmt: skip
+def test_a_rename_map_that_matches_nothing_is_refused(start, teleoperated, tmp_path, rename, problem) -> None:
+    config = sft_smolvla.SftConfig(start[0], teleoperated, tmp_path / "out", rename_map=json.dumps(rename))
+    with pytest.raises(ConfigError, match=problem):
+        sft_smolvla.finetune(config)
+
+
+def test_large_images_are_kept_at_the_policys_size(start, teleoperated) -> None:
+    small = sft_smolvla.read_demonstrations(teleoperated, "local/mine", 2, size=(48, 64))
+    assert {images.shape[1:] for images in small.images.values()} == {(3, 48, 64)}
+    large = sft_smolvla.read_demonstrations(teleoperated, "local/mine", 2, size=(512, 512))
+    assert {images.shape[1:] for images in large.images.values()} == {(3, 96, 96)}
 
 
 def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
