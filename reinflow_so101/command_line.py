@@ -178,7 +178,7 @@ def _task(argv: Sequence[str], start: Any, of_file: bool) -> dict[str, Any]:
     """The settings of the environment: of the task that --task names, else of the one that a named policy was made for,
     else the preset's or the file's own."""
     from reinflow_so101.policy_card import env_of_task, known_env
-    from so101_sim.tasks.registry import describe, nearest_task, task_env
+    from so101_sim.tasks.registry import describe, how_to_choose, nearest_task, task_env
 
     task = flag_value(argv, "--task")
     directory = None if of_file and not task else _named_policy(argv, start)
@@ -189,6 +189,11 @@ def _task(argv: Sequence[str], start: Any, of_file: bool) -> dict[str, Any]:
         env = known[0]
         print(f"task as {known[1]} has it: {describe(env)}; flags override it")
     else:
+        if directory is None and start.preset == "finetune" and not of_file:
+            print(
+                f"as far as this machine knows the policy says of no task that it was made for: {start.task} is "
+                f"played; {how_to_choose()}"
+            )
         return {}
     values = _fields_of(env, dataclasses.fields(start), with_cameras=directory is not None)
     if known and known[0].control_hz:

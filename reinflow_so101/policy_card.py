@@ -26,7 +26,8 @@ PLUGIN_ENV = "so101_reinflow"  # our environment's type in LeRobot
 def policy_card(env: EnvConfig) -> dict[str, str]:
     """File name -> content. Paths stay out of it: a policy travels."""
     fields = {name: value for name, value in dataclasses.asdict(env).items() if name != "model_path"}
-    return {CARD_FILE: json.dumps({"task": nearest_task(env), "env": fields}, indent=2) + "\n"}
+    content = {"env": {"task": nearest_task(env), **fields}}  # the name is for people: the fields are what is played
+    return {CARD_FILE: json.dumps(content, indent=2) + "\n"}
 
 
 def write_card(directory: Path, env: EnvConfig) -> None:

@@ -6,6 +6,7 @@ are written once.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,9 @@ from so101_sim.renderer import ParallelRenderer, SceneRenderer, gl_backend
 
 CONTROL_HZ, RATE_TOLERANCE = 50.0, 0.01
 INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+OPTIONS = ("block_pos", "block_yaw_rad")  # of reset
 
 
 class PickScene:
@@ -84,12 +88,16 @@ class PickScene:
                 somebody else's (LeRobot marks a new rollout by one) and left alone.
 
         Raises:
-            ValueError: a block_pos of other than 3 numbers, or a start that already counts as a success.
+            ValueError: a slip in one of these names, a block_pos of other than 3 numbers, or a start that already
+                counts as a success.
         """
         position, yaw = draw_block(self.config, rng)
         options = options or {}
         position = tuple(options.get("block_pos", position))
         yaw = float(options.get("block_yaw_rad", yaw))
+        for name in options.keys() - set(OPTIONS):
+            if meant := difflib.get_close_matches(name, OPTIONS, 1, 0.8):
+                raise ValueError(f"reset option {name}: is {meant[0]} meant?")
         if len(position) != 3:
             raise ValueError(f"reset takes a block_pos of 3 numbers; got {position}")
         start = clip_to_limits(np.deg2rad(draw_start_deg(self.config, rng)), self.limits_rad)[0]

@@ -52,7 +52,7 @@ def chain(folder: Path, plugins: Path, numbers: Numbers, *while_training: str) -
     """Every step; the exported policy, as plain LeRobot loads it."""
     data = folder / "data"
     demonstrations.record(demonstrations.DemoConfig(output_dir=data, episodes=numbers.demonstrations, video=True))
-    assert read_json(data / "meta/reinflow.json")["task"] == "lift"
+    assert read_json(data / "meta/reinflow.json")["env"]["task"] == "lift"
     base = materialize("tiny-base", folder / "base")
     lerobot(
         "train", plugins, f"--policy.path={base}", "--policy.push_to_hub=false", "--policy.device=cpu",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,22 +142,8 @@ def read_demonstrations(
         SftError: it is not there, not whole, or too large for memory.
     """
     check_dataset(root, control_hz=control_hz)
-    quiet_lerobot()
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    try:
-        dataset = LeRobotDataset(repo_id, root=root, video_backend="pyav")
-        names = [OBS_STATE, ACTION, "episode_index", "task_index"]
-        columns = dataset.hf_dataset.with_format("numpy", columns=names)[:]
-        episode = np.asarray(columns["episode_index"])
-        state, action = (np.stack(columns[name]).astype(np.float32) for name in (OBS_STATE, ACTION))
-        task = np.asarray(columns["task_index"])
-    except Exception as error:  # a half-written one shows itself in any way
-        reason = " ".join(str(error).split())[:200]
-        raise SftError(
-            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}). A recording that was cut off before "
-            "LeRobot's finalize() has no end: record it again"
-        ) from error
+    dataset, columns = _opened(root, repo_id)
+    episode, task = columns["episode_index"], columns["task_index"]
     wanted = dict(cameras) if cameras is not None else {key: key for key in dataset.meta.camera_keys}
     starts = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
     lengths = np.diff(np.append(starts, len(episode)))
@@ -171,8 +157,8 @@ def read_demonstrations(
     shapes = {key: _kept_shape(dataset.meta.features[name]["shape"], size) for key, name in wanted.items()}
     _refuse_too_large(root, len(rows) * sum(int(np.prod(shape)) for shape in shapes.values()))
     return Demonstrations(
-        state=state[index],
-        action=action[index],
+        state=columns[OBS_STATE][index],
+        action=columns[ACTION][index],
         images=_decoded(dataset, rows, wanted, shapes),
         kept=kept,
         lengths=lengths,
@@ -180,6 +166,25 @@ def read_demonstrations(
         instruction_of=task[starts],
         stats={ACTION: {name: np.asarray(dataset.meta.stats[ACTION][name]) for name in ("mean", "std")}},
     )
+
+
+def _opened(root: Path, repo_id: str) -> tuple[LeRobotDataset, dict[str, NDArray[Any]]]:
+    """The dataset, and its columns without the images."""
+    quiet_lerobot()
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    try:
+        dataset = LeRobotDataset(repo_id, root=root, video_backend="pyav")
+        names = [OBS_STATE, ACTION, "episode_index", "task_index"]
+        columns = dataset.hf_dataset.with_format("numpy", columns=names)[:]
+        found = {name: np.stack(columns[name]) for name in names}
+        return dataset, found | {name: found[name].astype(np.float32) for name in (OBS_STATE, ACTION)}
+    except Exception as error:  # a half-written one shows itself in any way
+        reason = " ".join(str(error).split())[:200]
+        raise SftError(
+            f"{root} cannot be read by LeRobot ({type(error).__name__}: {reason}). A recording that was cut off before "
+            "LeRobot's finalize() has no end: record it again"
+        ) from error
 
 
 def _kept_shape(recorded: Sequence[int], size: tuple[int, int] | None) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ def test_every_stage_in_small_and_on_after_a_stop(tmp_path: Path, capsys, monkey
     said = capsys.readouterr().out
     assert f"{build.BASE}: done before" in said and "supervised: " in said
     assert {name: json.loads((base / "config.json").read_text())[name] for name in BASE_FLAGS} == BASE_FLAGS
-    assert json.loads((policy / "reinflow.json").read_text())["task"] == "lift"
+    assert json.loads((policy / "reinflow.json").read_text())["env"]["task"] == "lift"
     before, after = (load_smolvla(folder)[0].state_dict() for folder in (base, policy))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed and all("lm_expert" in name or "action_" in name for name in changed)  # hands, not eyes
