@@ -27,6 +27,7 @@ from reinflow.settings import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
+    RATE,
     SEED,
     Range,
     cut,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts: --help
     from reinflow_so101.policies import PolicySettings
 
 PI = 3.141592653589793
-RATE, SIGMA, ENVIRONMENTS = Range(0, 10, low_included=False), Range(0, 100, low_included=False), Range(1, 65_536)
+SIGMA, ENVIRONMENTS = Range(0, 100, low_included=False), Range(1, 65_536)
 
 
 @dataclass(frozen=True)

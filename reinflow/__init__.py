@@ -43,4 +43,7 @@ def run_command(name: str, command: Callable[[], object]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         place = error.filename or "the output directory"
-        sys.exit(f"{name}: {error.strerror}: {place}. Make room, or name a place that can be written; --resume goes on")
+        sys.exit(
+            f"{name}: {error.strerror}: {place}. Make room, or name another output directory; a training goes on with "
+            "--resume"
+        )

@@ -53,6 +53,7 @@ POSITIVE = Range(0, LARGE, low_included=False)
 NOT_NEGATIVE = Range(0, LARGE)
 FRACTION = Range(0, 1)
 SEED = Range(0, 2**32 - 1)
+RATE = Range(0, 10, low_included=False)  # of learning
 
 
 @cache

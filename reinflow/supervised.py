@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def fit(
         After every optimiser step its number, from 1, and the figures with "loss" among them.
 
     Raises:
-        FitError: a loss is not finite; the weights are those before its step.
+        FitError: a loss or its gradient is not finite; the weights are those before its step.
     """
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -56,8 +57,9 @@ def fit(
             raise FitError(f"the loss is not finite at step {step}: lower lr={settings.lr}")
         optimizer.zero_grad()
         value.backward()
-        if settings.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip_norm)
+        limit = settings.grad_clip_norm if settings.grad_clip_norm > 0 else math.inf
+        if not bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit))):
+            raise FitError(f"the gradient is not finite at step {step}: lower lr={settings.lr}")
         optimizer.step()
         schedule.step()
         yield step, {**info, "loss": float(value.detach())}

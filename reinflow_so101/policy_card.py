@@ -41,13 +41,11 @@ def known_env(policy_dir: Path) -> tuple[EnvConfig, Path] | None:
     set that lerobot-train names, or the environment that it evaluated in. None where nothing says so."""
     own = policy_dir / CARD_FILE
     if own.is_file():
-        env = card_env(own)
-        return (env, own) if env else None
+        return card_env(own), own
     root, training = data_root(policy_dir), policy_dir / TRAIN_CONFIG_FILE
     card = root / "meta" / CARD_FILE if root else None
-    env = card_env(card) if card and card.is_file() else None
-    if env and card:
-        return as_seen_by(policy_dir, env), card
+    if card and card.is_file():
+        return as_seen_by(policy_dir, card_env(card)), card
     played = read_json(training).get("env") if training.is_file() else None
     env = _played_env(played) if isinstance(played, dict) else None
     return (as_seen_by(policy_dir, env), training) if env else None
@@ -96,11 +94,13 @@ def env_of_task(policy_dir: Path, task: str) -> EnvConfig:
     return dataclasses.replace(env, joint_frame=own.joint_frame, control_hz=rate, steps_per_action=substeps)
 
 
-def card_env(path: Path) -> EnvConfig | None:
-    """The environment in a reinflow.json; None where it holds none. Raises ConfigError for what is no value of it."""
+def card_env(path: Path) -> EnvConfig:
+    """The environment in a reinflow.json; raises ConfigError where it holds none, or what is no value of it."""
     stored = read_json(path).get("env")
     if not isinstance(stored, dict) or not stored:
-        return None
+        raise ConfigError(
+            f"{path} holds no environment (env is {stored!r}): restore the file, or remove it and say --task"
+        )
     hints = get_type_hints(EnvConfig)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in hints}
     for name, value in values.items():

@@ -51,6 +51,12 @@ def refuse_existing(directory: Path) -> None:
         raise PolicyDirectoryError(f"{directory} exists: choose another output directory or remove it first")
 
 
+def refuse_inside(directory: Path, source: Path) -> None:
+    """Raise PolicyDirectoryError if what is copied from ``source`` would be written into it."""
+    if directory.resolve().is_relative_to(source.resolve()):
+        raise PolicyDirectoryError(f"output_dir={directory} lies inside {source}, which is copied: choose another")
+
+
 @contextlib.contextmanager
 def quiet():
     """LeRobot prints to stdout while it builds a policy; keep that out of progress output."""

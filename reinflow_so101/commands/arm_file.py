@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from reinflow import ConfigError
 from so101_mujoco_utils import JOINT_NAMES
 
 ARMS = ("so101_follower", "so100_follower")
+FIELDS = (
+    "type", "id", "port", "calibration_dir", "cameras", "use_degrees", "max_relative_target",
+    "disable_torque_on_disconnect", "position_p_coefficient", "position_i_coefficient", "position_d_coefficient",
+    "num_read_retries",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,13 @@ def read_arm(path: Path, calibration: str = "") -> Arm:
         raise ConfigError(f"robot_config={path} names no robot: write type: so101_follower, port, id, cameras")
     if robot["type"] not in ARMS:
         raise ConfigError(f"robot_config={path} is of a {robot['type']}: this project's policies drive {ARMS[0]}")
+    for name, value in robot.items():
+        if name not in FIELDS:
+            close = difflib.get_close_matches(str(name), FIELDS, 1)
+            hint = f"is {close[0]} meant?" if close else f"LeRobot knows {', '.join(FIELDS)}"
+            raise ConfigError(f"robot_config={path} has {name}, which is no setting of the arm: {hint}")
+        if name in ("port", "id", "calibration_dir") and not isinstance(value, str | None):
+            raise ConfigError(f"robot_config={path}: {name} is {value!r}: write a text")
     degrees = robot.get("use_degrees", True)
     if not isinstance(degrees, bool):
         raise ConfigError(f"robot_config={path}: use_degrees is {degrees!r}: write true or false, without quotes")

@@ -141,6 +141,11 @@ def _units(directory: Path, arm: Arm) -> Iterator[Finding]:
 def _cameras(directory: Path, arm: Arm, rename: dict[str, str], fps: float) -> Iterator[Finding]:
     wanted = known_cameras(directory)[0]
     bare = {a.removeprefix(OBS_IMAGES_PREFIX): b.removeprefix(OBS_IMAGES_PREFIX) for a, b in rename.items()}
+    if strange := [a for a in bare if a not in arm.cameras] + [b for b in bare.values() if b not in wanted]:
+        raise ConfigError(
+            f"rename_map names {', '.join(strange)}: it goes from the arm's cameras ({', '.join(arm.cameras)}) "
+            f"to what the policy looks through ({', '.join(wanted)})"
+        )
     seen = {bare.get(name, name): camera for name, camera in arm.cameras.items()}
     if absent := [name for name in wanted if name not in seen]:
         free = [name for name in arm.cameras if bare.get(name, name) not in wanted]

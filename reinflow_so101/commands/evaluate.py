@@ -9,6 +9,7 @@ simulator state) go through the same policy object as in training.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -172,9 +173,14 @@ def run_eval(config: EvalConfig) -> EvalResult:
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)  # where nothing can be written nothing is played
     make_env = partial(make_vector_env, config.env)
-    print(which_task(config, policy_dir))
-    act = make_actor(config, policy_dir)
-    result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
+    try:
+        print(which_task(config, policy_dir))
+        act = make_actor(config, policy_dir)
+        result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is empty
+        raise
     if config.video:
         # Episodes depend on their seeds alone, so the video shows those that were counted.
         result.video_paths.append(str(record_video(config, act)))
@@ -192,6 +198,11 @@ def which_task(config: EvalConfig, policy_dir: Path) -> str:
     else:
         why = f"as {known[1]} says; {how_to_choose()}"
     lines = [f"task: {describe(config.env)}; {why}"]
+    own = (known[0].control_hz or 50) if known else None
+    if own and own != (config.env.control_hz or 50):
+        lines.append(
+            f"driven at {config.env.control_hz or 50:g} control steps a second; the policy was made for {own:g}"
+        )
     if shows_one_scene(config.env) and config.episodes > 1:
         lines.append(
             f"warning: all {config.episodes} seeds show the same scene, so this is the success in one scene; "

@@ -27,7 +27,9 @@ from reinflow_vla.directory import (
     check_trusted,
     read_json,
     refuse_existing,
+    refuse_inside,
     resolve_folder,
+    weights_file,
     write_json,
 )
 from reinflow_vla.smolvla_directory import VLM_FOLDER, write_references
@@ -60,6 +62,8 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError("fp32_backbone is of SmolVLA alone: leave it out")
     target = config.output_dir.resolve()
     refuse_existing(target)
+    refuse_inside(target, source)
+    check_finite(source)
     card, known = model_card(source, config.fp32_backbone), known_env(source)
     left = (SUMS_FILE, TRAIN_CONFIG_FILE, ".git", ".cache")  # the second is full of somebody's own paths
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left))
@@ -70,6 +74,16 @@ def export(config: ExportConfig) -> Path:
     (target / CARD).write_text(card, encoding="utf-8")
     write_sums(target)
     return target
+
+
+def check_finite(directory: Path) -> None:
+    """Refuse weights that no policy has: a damaged one must not be handed on. Raises CheckpointError."""
+    from safetensors.torch import load_file
+
+    from reinflow.training_state import refuse_not_finite
+
+    file = weights_file(directory)
+    refuse_not_finite(load_file(file).items(), str(file))
 
 
 def _refuse_links(source: Path) -> None:

@@ -24,6 +24,7 @@ from reinflow_vla.directory import (
     locate_policy,
     read_json,
     refuse_existing,
+    refuse_inside,
     resolve_folder,
     store_tokenizer,
     stored_tokenizer,
@@ -53,6 +54,7 @@ def materialize(policy_dir: str | Path, output_dir: str | Path) -> Path:
     source = locate_policy(find_policy(str(policy_dir)) if ours else policy_dir)
     target = Path(output_dir).resolve()
     refuse_existing(target)
+    refuse_inside(target, source)
     vlm_name = read_json(source / CONFIG_FILE).get("vlm_model_name")
     folder = Path(resolve_folder(source, str(vlm_name or stored_tokenizer(source))))
     if not folder.is_dir():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 CONTROL_FPS = 50
+PARTS = ("meta/stats.json", "meta/tasks.parquet", "meta/episodes", "data")
+FARTHEST = 720.0  # degrees or percent: no joint is told or found beyond
 MEMORY_SHARE = 0.6  # of what is free, for images
 
 
@@ -43,6 +45,8 @@ def check_dataset(root: Path, cameras: Sequence[str] = (), control_hz: float = 0
     if not (root / "meta" / "info.json").is_file():
         raise SftError(f"{root} holds no LeRobotDataset (no meta/info.json): record one with reinflow-demos")
     info = read_json(root / "meta" / "info.json")
+    if gone := [name for name in PARTS if not (root / name).exists()]:
+        raise SftError(f"{root} lacks {', '.join(gone)}: was the recording finished? Restore it, or record again")
     version = str(info.get("codebase_version"))
     if version.split(".", maxsplit=1)[0] != CODEBASE_VERSION.split(".")[0]:
         raise SftError(
@@ -144,6 +148,14 @@ def read_demonstrations(
     check_dataset(root, control_hz=control_hz)
     dataset, columns = _opened(root, repo_id)
     episode, task = columns["episode_index"], columns["task_index"]
+    for name in (OBS_STATE, ACTION):
+        wrong = ~(np.abs(columns[name]) <= FARTHEST).all(axis=1)  # NaN too
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise SftError(
+                f"{root}: {name} of row {row}, in episode {episode[row]}, is {columns[name][row].tolist()}: no pose in "
+                " degrees and percent. Delete that episode (lerobot-edit-dataset) or record again"
+            )
     wanted = dict(cameras) if cameras is not None else {key: key for key in dataset.meta.camera_keys}
     starts = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
     lengths = np.diff(np.append(starts, len(episode)))

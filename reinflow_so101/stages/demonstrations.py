@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, UserError, run_command
+from reinflow.settings import POSITIVE, SEED, Range, out_of_range
 from reinflow_so101.policy_card import write_card
 from so101_mujoco_utils import JOINT_NAMES
 from so101_sim.config import EnvConfig
@@ -48,15 +50,15 @@ class DemoConfig:
     """Folder of the dataset; refused if it exists."""
     task: str = "lift"
     """Named task to record, such as lift or lift_wide (so101_sim/tasks/registry.py); the fields below override it."""
-    episodes: int = 300
+    episodes: Annotated[int, POSITIVE] = 300
     """Successful episodes to keep; failed ones are not stored."""
-    first_seed: int = 1_000
+    first_seed: Annotated[int, SEED] = 1_000
     """Episode i tried uses environment seed first_seed + i; the default stays below the trainer's tuning seeds."""
     repo_id: str = "local/so101_pick"
     """Name in the dataset's metadata; nothing is uploaded."""
     cameras: tuple[str, ...] = ()
     """Recorded cameras; empty takes the task's."""
-    image_size: int = 96
+    image_size: Annotated[int, Range(8, 4_096)] = 96
     """Pixels, height and width."""
     video: bool = False
     """h264 video instead of images: five times as fast for lerobot-train, which decodes all images of a chunk to get at
@@ -68,7 +70,7 @@ class DemoConfig:
     """To either side of straight ahead; None takes the task's, for lift 3 degrees beyond."""
     block_yaw_deg: float | None = None
     """Turn of the block to either side; None takes the task's, for lift 3 degrees beyond."""
-    start_noise_deg: float = 2.0
+    start_noise_deg: Annotated[float, Range(0, 180)] = 2.0
     """Uniform noise on every starting joint, to either side."""
     disturbance_deg: tuple[float, ...] = (4.0, 1.5, 1.0)
     """Largest smooth disturbance of an arm joint in each chunk; the second closes on the block and bears less."""
@@ -82,12 +84,11 @@ class DemoConfig:
         unread = [name for name in RANGES if getattr(self, name) is not None]
         if unread and not moves:
             raise ConfigError(f"{', '.join(unread)} not read by task={self.task}, where the block lies still: drop it")
-        if self.episodes < 1:
-            raise ConfigError(f"episodes is {self.episodes}: use at least 1")
-        if self.first_seed < 0:
-            raise ConfigError(f"first_seed is {self.first_seed}: use at least 0")
-        if len(self.disturbance_deg) != 3 or min(self.disturbance_deg) < 0:
-            raise ConfigError(f"disturbance_deg is {self.disturbance_deg}: give three numbers of at least 0")
+        if problems := list(out_of_range(self)):
+            raise ConfigError("; ".join(problems))
+        if len(self.disturbance_deg) != 3 or not all(0 <= degrees <= 180 for degrees in self.disturbance_deg):
+            raise ConfigError(f"disturbance_deg is {self.disturbance_deg}: give three numbers from 0 to 180")
+        self.env()  # ranges that contradict each other
 
     def env(self) -> EnvConfig:
         """The environment that is recorded; it never ends early, so that episodes are complete."""
@@ -211,6 +212,8 @@ def record(config: DemoConfig) -> tuple[int, int]:
     finally:
         dataset.finalize()
         env.close()
+        if kept == 0:  # nothing is lost with it
+            shutil.rmtree(config.output_dir)
     write_card(config.output_dir / "meta", config.task_env())
     print(f"wrote {config.output_dir}: {kept} episodes of {tried} tried, {150 * kept} frames")
     return kept, tried

@@ -23,12 +23,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reinflow import run_command
+from reinflow import ConfigError, run_command
+from reinflow.settings import POSITIVE, RATE, SEED, Range, out_of_range
 from so101_mujoco_utils import FRAMES, SceneLayout, load_model
 from so101_sim.config import EnvConfig
 
@@ -56,26 +57,30 @@ class PretrainConfig:
     """Tiny SmolVLA from reinflow-build-tiny."""
     output_dir: Path
     """Policy directory to write; refused if it exists."""
-    samples: int = 12_000
+    samples: Annotated[int, POSITIVE] = 12_000
     """Rendered scenes for training, each seen by all cameras of the policy."""
-    held_out: int = 1_000
+    held_out: Annotated[int, POSITIVE] = 1_000
     """Scenes with other seeds, for the reported error."""
-    steps: int = 1_500
+    steps: Annotated[int, POSITIVE] = 1_500
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: Annotated[int, POSITIVE] = 32
     """Small: early on, the number of steps counts, not the number of images per step."""
-    lr: float = 1.5e-3
+    lr: Annotated[float, RATE] = 1.5e-3
     """Peak of AdamW's learning rate; 50 steps of warm-up, then a cosine to zero."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4
     """AdamW's, on everything."""
     block_radius_range: tuple[float, float] = (0.13, 0.34)
     """Metres from the base axis: wider than the task's, so that later tasks can use the same features."""
-    block_angle_deg: float = 65.0
+    block_angle_deg: Annotated[float, Range(0, 180)] = 65.0
     """To either side of straight ahead."""
     wrist_roll_deg: tuple[float, ...] = (5.96, -84.04)
     """Wrist angles of the start poses that are shown: both documented ones."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the scenes, the order of the batches and the heads."""
+
+    def __post_init__(self) -> None:
+        if problems := list(out_of_range(self)):
+            raise ConfigError("; ".join(problems))
 
 
 @dataclass

@@ -15,13 +15,14 @@ import time
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import UserError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
+from reinflow.settings import SEED, out_of_range
 from reinflow_so101.policy_card import write_card
 from reinflow_so101.stages.demonstrations import DemoConfig
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES
@@ -80,11 +81,13 @@ class FlowMlpSftConfig:
     """First seed of these, a tuning seed: 5,000 to 9,999."""
     num_parallel_envs: int = 32
     """Environments that act at once in the evaluation."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of weights, batches and flow noise."""
 
     def __post_init__(self) -> None:
         named(self.task)
+        if problems := list(out_of_range(self)):
+            raise FlowMlpSftError("; ".join(problems))
         for name in ("episodes", "steps", "batch_size", "hidden_size", "num_denoising_steps", "num_parallel_envs"):
             if getattr(self, name) < 1:
                 raise FlowMlpSftError(f"{name} is {getattr(self, name)}: use at least 1")

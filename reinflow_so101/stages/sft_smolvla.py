@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, run_command
-from reinflow.seeds import FIRST_TUNING_SEED
+from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
+from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, RATE, SEED, Range, out_of_range
 from reinflow_so101.door import DoorSettings, enter, read_rename_map
 from reinflow_so101.policies import FAMILIES
 from reinflow_so101.policy_card import CARD_FILE, as_seen_by, card_env, env_of_task, known_env, write_card
@@ -73,36 +74,36 @@ class SftConfig:
     """Gets checkpoints/<step>/, sft.json and metrics.jsonl; refused if it exists."""
     repo_id: str = "local/so101_pick"
     """Name of the dataset."""
-    episodes: int = 0
+    episodes: Annotated[int, NOT_NEGATIVE] = 0
     """Train on the first so many episodes; 0 takes all but the held-out ones. Few demonstrations make a weak policy."""
-    held_out: int = 20
+    held_out: Annotated[int, NOT_NEGATIVE] = 20
     """Episodes at the end of the dataset that are only used to report action errors."""
-    steps: int = 1_500
+    steps: Annotated[int, POSITIVE] = 1_500
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: Annotated[int, POSITIVE] = 64
     """Frames per step."""
-    lr: float = 1e-3
+    lr: Annotated[float, RATE] = 1e-3
     """Peak of AdamW's learning rate; 50 steps of warm-up, then a cosine to zero."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4
     """AdamW's."""
     train_vision: bool = False
     """Train vision tower and connector as well: three times slower, for features that pre-training did not give."""
     train_prefix: bool = False
     """Train language model and state_proj as well. A few hundred demonstrations make them forget: their error of the
     block's place, 2.9 mm after pre-training, grew to 7.8 mm (benchmarks/perception.py), and RL cannot mend that."""
-    decision_share: float = 0.75
+    decision_share: Annotated[float, FRACTION] = 0.75
     """Share of each batch near the frames at which a policy decides; the rest is spread over the episode."""
-    jitter: int = 2
+    jitter: Annotated[int, Range(0, 1_000)] = 2
     """Largest distance from such a frame, in control steps. The arm hardly moves just then, so a policy that sees many
     frames around a decision cannot tell them apart and runs ahead of the expert's clock."""
-    one_step_share: float = 0.3
+    one_step_share: Annotated[float, FRACTION] = 0.3
     """Share of each batch at flow time 1, pure noise, where every sampler starts and one with a single step ends.
     LeRobot's draw of flow times alone leaves K = 1 twice as imprecise as K = 4."""
-    save_every: int = 250
+    save_every: Annotated[int, POSITIVE] = 250
     """Steps between checkpoints."""
-    eval_episodes: int = 64
+    eval_episodes: Annotated[int, NOT_NEGATIVE] = 64
     """Noise-free episodes at every checkpoint; 0 skips them."""
-    eval_seed: int = FIRST_TUNING_SEED
+    eval_seed: Annotated[int, SEED] = FIRST_TUNING_SEED
     """First seed of these: tuning seeds, 5,000 to 9,999."""
     num_steps: tuple[int, ...] = (1, 4)
     """Denoising steps to evaluate with; the first is stored in the exported policy."""
@@ -112,20 +113,21 @@ class SftConfig:
     rename_map: str = ""
     """Which recorded camera is which of the policy's, and for the evaluation which of the scene's, in LeRobot's form:
     '{"observation.images.front": "observation.images.camera_up"}'. Empty: by name."""
-    control_hz: float = 0.0
+    control_hz: Annotated[float, Range(1, 1_000, or_zero=True)] = 0.0
     """Frames a second of the dataset, where they are not 50: the evaluation drives the arm at that rate."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of batches and flow noise."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.decision_share <= 1.0:
-            raise ConfigError(f"decision_share is {self.decision_share}: use 0 to 1")
-        if not 0.0 <= self.one_step_share <= 1.0:
-            raise ConfigError(f"one_step_share is {self.one_step_share}: use 0 to 1")
+        if problems := list(out_of_range(self)):
+            raise ConfigError("; ".join(problems))
         if not self.num_steps or min(self.num_steps) < 1:
             raise ConfigError(f"num_steps is {self.num_steps}: name at least one number of denoising steps, 1 or more")
-        if min(self.steps, self.batch_size, self.save_every) < 1:
-            raise ConfigError("steps, batch_size and save_every must be at least 1")
+        if self.eval_seed + self.eval_episodes > FIRST_REPORTING_SEED:
+            raise ConfigError(
+                f"eval_seed is {self.eval_seed} for {self.eval_episodes} episodes: seeds from {FIRST_REPORTING_SEED} "
+                "up are for reporting, checkpoints are chosen by those below"
+            )
         if self.task:
             named(self.task)
 
@@ -439,8 +441,10 @@ def save(
     env: EnvConfig | None,
 ) -> None:
     """Write checkpoints/<step>/ with its environment (reinflow.json) and append the record to metrics.jsonl."""
+    from reinflow.training_state import refuse_not_finite
     from reinflow_vla.smolvla_directory import export_policy
 
+    refuse_not_finite(policy.state_dict().items(), f"the policy at step {record['step']}, with lr={config.lr},")
     directory = config.output_dir / "checkpoints" / f"{record['step']:06d}"
     export_policy(policy, preprocessor, postprocessor, directory)
     if env:

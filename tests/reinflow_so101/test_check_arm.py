@@ -141,6 +141,11 @@ def test_cameras_by_a_rename_map(tmp_path):
     assert "cameras" not in {what for what, *_ in answers(file, policy, rename_map=proposed)}
 
 
+def test_a_rename_map_that_matches_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rename_map names a, b"):
+        answers(arm(tmp_path), rename_map='{"a": "b"}')
+
+
 @pytest.mark.parametrize(("text", "problem"), [
     ("type: koch_follower", "is of a koch_follower"), ("port: x", "names no robot"), ("a: [", "cannot be read"),
     ("[1, 2]", "names no robot"), ("type: so101_follower\ncameras: 3", "cameras is no mapping"),
@@ -148,6 +153,8 @@ def test_cameras_by_a_rename_map(tmp_path):
     ("type: so101_follower\ncameras: {a: {width: wide, height: 1, fps: 1}}", "cameras.a.width is 'wide'"),
     ("type: so101_follower\ncameras: {a: {type: opencv}}", "cameras.a.width is None"),
     ("type: so101_follower\nuse_degrees: 'false'", "use_degrees is 'false': write true or false"),
+    ("type: so101_follower\nmax_relativ_target: 3", "is max_relative_target meant"),
+    ("type: so101_follower\nport: 5", "port is 5: write a text"),
     ("type: so101_follower\nmax_relative_target: true", "max_relative_target is True"),
     ("type: so101_follower\nmax_relative_target: abc", "max_relative_target is 'abc'"),
     ("type: so101_follower\nmax_relative_target: .nan", "max_relative_target is nan"),

@@ -85,6 +85,10 @@ def test_bad_configurations() -> None:
         demonstrations.DemoConfig(output_dir=Path("x"), task="lift_fixed", block_angle_deg=40.0)
     with pytest.raises(ValueError, match="task=lfit is unknown"):
         demonstrations.DemoConfig(output_dir=Path("x"), task="lfit")
+    with pytest.raises(ValueError, match="block_radius_range"):
+        demonstrations.DemoConfig(output_dir=Path("x"), block_radius_range=(0.3, 0.2))
+    with pytest.raises(ValueError, match="image_size must be at least 8"):
+        demonstrations.DemoConfig(output_dir=Path("x"), image_size=3)
     with pytest.raises(ValueError, match="disturbance_deg"):
         demonstrations.DemoConfig(output_dir=Path("x"), disturbance_deg=(1.0,))
 
@@ -93,3 +97,4 @@ def test_gives_up_when_the_expert_cannot(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(demonstrations, "record_episode", lambda *_: ([], False))
     with pytest.raises(demonstrations.DemoError, match="only 0 of 20"):
         demonstrations.record(demonstrations.DemoConfig(output_dir=tmp_path / "d", episodes=1))
+    assert not (tmp_path / "d").exists()  # nothing was recorded: the corrected command may take the folder

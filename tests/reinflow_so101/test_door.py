@@ -533,3 +533,16 @@ def test_a_tokenizer_that_is_gone_is_named_by_who_needs_it(tmp_path):
     assert not brings_its_backbone(folder)  # not a word here: --pi0-tokenizer-path may stand for it
     store_tokenizer(folder, "./tokenizer")
     assert brings_its_backbone(folder)
+
+
+def test_an_export_is_sound_and_elsewhere(tmp_path):
+    policy = clone(tmp_path / "p")
+    for command in (lambda: export(ExportConfig(str(policy), policy / "x")), lambda: materialize(policy, policy / "x")):
+        with pytest.raises(UserError, match="lies inside"):
+            command()
+    weights = load_file(policy / "model.safetensors")
+    weights["model.action_out_proj.weight"][0, 0] = float("nan")
+    save_arrays({name: tensor.numpy() for name, tensor in weights.items()}, policy / "model.safetensors")
+    with pytest.raises(UserError, match=r"NaN or infinity in model\.action_out_proj"):
+        export(ExportConfig(str(policy), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

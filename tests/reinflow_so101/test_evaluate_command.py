@@ -134,6 +134,24 @@ def test_the_task_of_lerobots_training_is_found(act_policy, tmp_path, capsys):
     assert known_env(policy) is None
 
 
+@pytest.mark.parametrize("content", [{"env": []}, {"env": None}, {"task": 5}, {}])
+def test_a_damaged_card_is_no_missing_one(act_policy, tmp_path, content):
+    policy = tmp_path / "policy"
+    shutil.copytree(act_policy, policy)
+    (policy / "reinflow.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"reinflow.json holds no environment"):
+        stored_env(policy)
+
+
+def test_another_rate_than_the_policys_is_said_and_an_empty_folder_goes(tmp_path, capsys):
+    flags = ["--policy-path", "tiny", "--episodes", "1", "--output-dir"]
+    run_eval(parse_args([*flags, str(tmp_path / "a"), "--env.control-hz", "33.3"]))
+    assert "driven at 33.3 control steps a second; the policy was made for 50" in capsys.readouterr().out
+    with pytest.raises(ConfigError):
+        run_eval(parse_args([*flags, str(tmp_path / "b"), "--normalization", "nosuch"]))
+    assert not (tmp_path / "b").exists()
+
+
 def test_what_cannot_work_is_refused_before_anything_is_played(tmp_path):
     for changes, problem in (
         ({"seed": -1}, "seed must"), ({"episodes": 0}, "episodes must"), ({"num_parallel_envs": 0}, "num_parallel"),

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
 from reinflow import ConfigError
+from reinflow.checkpoint import CheckpointError
 from reinflow_so101.stages import demonstrations, sft_smolvla
 from reinflow_so101.stages.build_smolvla import TinyConfig, build_policy
 from reinflow_so101.stages.datasets import check_dataset
@@ -138,7 +140,8 @@ def test_data_that_cannot_be_learned_from_is_refused_by_what_it_says(start, tmp_
     with pytest.raises(sft_smolvla.SftError, match=problem):
         sft_smolvla.finetune(sft_smolvla.SftConfig(start[0], root, tmp_path / "out"))
     (root / "meta/info.json").write_text(json.dumps(info))
-    shutil.rmtree(root / "data")
+    (file,) = root.glob("data/*/*.parquet")
+    file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(sft_smolvla.SftError, match="cannot be read by LeRobot"):
         sft_smolvla.finetune(sft_smolvla.SftConfig(start[0], root, tmp_path / "out"))
 
@@ -255,6 +258,51 @@ def test_large_images_are_kept_at_the_policys_size(start, teleoperated) -> None:
     assert {images.shape[1:] for images in small.images.values()} == {(3, 48, 64)}
     large = sft_smolvla.read_demonstrations(teleoperated, "local/mine", 2, size=(512, 512))
     assert {images.shape[1:] for images in large.images.values()} == {(3, 96, 96)}
+
+
+@pytest.mark.parametrize(("changes", "problem"), [
+    ({"lr": float("nan")}, "lr must be positive"), ({"lr": -1.0}, "lr must"),
+    ({"weight_decay": float("nan")}, "weight_decay must"),
+    ({"jitter": -2}, "jitter must"), ({"held_out": -1}, "held_out must"), ({"eval_seed": -3}, "eval_seed must"),
+    ({"seed": -1}, "seed must"), ({"control_hz": float("nan")}, "control_hz must"), ({"steps": 0}, "steps must"),
+    ({"eval_seed": 10_000}, "are for reporting"),
+])  # fmt: skip
+def test_numbers_that_cannot_work_are_refused_by_name(changes, problem) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        sft_smolvla.SftConfig(Path(), Path(), Path(), **changes)
+
+
+def test_a_rate_that_breaks_the_policy_leaves_no_checkpoint(start, tmp_path) -> None:
+    small = {"held_out": 1, "steps": 2, "batch_size": 4, "save_every": 1, "num_steps": (1,), "eval_episodes": 0}
+    config = sft_smolvla.SftConfig(start[0], start[1], tmp_path / "out", **small)
+    policy, *processors = load_smolvla(start[0])
+    policy.model.action_out_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"the policy at step 1, with lr=0.001, is damaged"):
+        sft_smolvla.save(config, policy, *processors, {"step": 1}, None)
+    assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize("part", ["meta/stats.json", "meta/tasks.parquet", "meta/episodes", "data"])
+def test_what_a_data_set_lacks_is_named(start, tmp_path, part) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(start[1], root)
+    shutil.rmtree(root / part) if (root / part).is_dir() else (root / part).unlink()
+    with pytest.raises(sft_smolvla.SftError, match=f"lacks {part}"):
+        check_dataset(root)
+
+
+def test_what_is_no_pose_is_named_by_episode(start, tmp_path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(start[1], root)
+    (file,) = root.glob("data/*/*.parquet")
+    table = pyarrow.parquet.read_table(file)
+    actions = table["action"].to_pylist()
+    actions[170][2] = 1e6
+    at = table.schema.get_field_index("action")
+    table = table.set_column(at, table.schema.field(at), pyarrow.array(actions, table.schema.field(at).type))
+    pyarrow.parquet.write_table(table, file)
+    with pytest.raises(sft_smolvla.SftError, match="action of row 170, in episode 1, is"):
+        sft_smolvla.read_demonstrations(root, "local/so101_pick", 2)
 
 
 def test_refusals(start: tuple[Path, Path], tmp_path: Path) -> None:
