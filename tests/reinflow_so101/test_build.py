@@ -40,6 +40,14 @@ def test_every_stage_in_small_and_on_after_a_stop(tmp_path: Path, capsys, monkey
     assert not list(config.output_dir.glob("*.part"))
 
 
+@pytest.mark.slow
+def test_two_builds_have_the_same_bits(tmp_path: Path) -> None:
+    pairs = [build.build(build.BuildConfig(tmp_path / name, num_threads=2, smoke=True)) for name in "ab"]
+    for one, other in zip(*pairs, strict=True):
+        for file in ("model.safetensors", "policy_preprocessor_step_5_normalizer_processor.safetensors"):
+            assert (one / file).read_bytes() == (other / file).read_bytes(), (one.name, file)
+
+
 def test_a_folder_of_another_build_is_refused(tmp_path: Path) -> None:
     build.same_build(build.BuildConfig(tmp_path / "build", smoke=True))
     build.same_build(build.BuildConfig(tmp_path / "build", smoke=True))
