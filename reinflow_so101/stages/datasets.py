@@ -45,8 +45,6 @@ def check_dataset(root: Path, cameras: Sequence[str] = (), control_hz: float = 0
     if not (root / "meta" / "info.json").is_file():
         raise SftError(f"{root} holds no LeRobotDataset (no meta/info.json): record one with reinflow-demos")
     info = read_json(root / "meta" / "info.json")
-    if gone := [name for name in PARTS if not (root / name).exists()]:
-        raise SftError(f"{root} lacks {', '.join(gone)}: was the recording finished? Restore it, or record again")
     version = str(info.get("codebase_version"))
     if version.split(".", maxsplit=1)[0] != CODEBASE_VERSION.split(".")[0]:
         raise SftError(
@@ -60,6 +58,8 @@ def check_dataset(root: Path, cameras: Sequence[str] = (), control_hz: float = 0
         )
     if not info.get("total_episodes"):
         raise SftError(f"{root} holds no whole episode (total_episodes in meta/info.json): was the recording finished?")
+    if gone := [name for name in PARTS if not (root / name).exists()]:
+        raise SftError(f"{root} lacks {', '.join(gone)}: was the recording finished? Restore it, or record again")
     features = info.get("features")
     if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
         raise SftError(f"{root}/meta/info.json has no features: {features!r}: record it again")

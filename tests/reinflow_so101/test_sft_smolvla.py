@@ -137,9 +137,13 @@ def test_data_that_cannot_be_learned_from_is_refused_by_what_it_says(start, tmp_
     shutil.copytree(start[1], root)
     info = json.loads((root / "meta/info.json").read_text())
     (root / "meta/info.json").write_text(json.dumps(info | change))
+    if "codebase_version" in change:  # its files are others too
+        shutil.move(root / "meta/tasks.parquet", root / "meta/tasks.jsonl")
     with pytest.raises(sft_smolvla.SftError, match=problem):
         sft_smolvla.finetune(sft_smolvla.SftConfig(start[0], root, tmp_path / "out"))
     (root / "meta/info.json").write_text(json.dumps(info))
+    if "codebase_version" in change:
+        shutil.move(root / "meta/tasks.jsonl", root / "meta/tasks.parquet")
     (file,) = root.glob("data/*/*.parquet")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(sft_smolvla.SftError, match="cannot be read by LeRobot"):
