@@ -33,7 +33,7 @@ from reinflow.settings import (
     cut,
 )
 from reinflow_so101.checks import check_config
-from reinflow_so101.command_line import ThisStart, parse_flags, starting_point
+from reinflow_so101.command_line import PATH_FIELDS, ThisStart, parse_flags, starting_point
 from reinflow_so101.opening import check_start, make_policy, make_run, open_run  # noqa: F401 - for those who build on it
 from so101_sim.config import EnvConfig
 from so101_sim.tasks.registry import DEFAULT_TASK
@@ -352,12 +352,7 @@ class TrainingConfig:
     @property
     def policy_path(self) -> str:
         """The policy that model_type asks for."""
-        paths = {
-            "smolvla": self.pretrained_path,
-            "pi0": self.pi0_pretrained_path,
-            "flow_mlp": self.flow_mlp_pretrained_path,
-        }
-        return paths[self.model_type]
+        return str(getattr(self, PATH_FIELDS[self.model_type]))
 
 
 PRESETS: dict[str, TrainingConfig] = {

@@ -71,6 +71,12 @@ def out_of_range(config: DataclassInstance) -> Iterator[str]:
             yield f"{name} must {allowed}, got {value}"
 
 
+def check_ranges(config: DataclassInstance, error: type[UserError] = ConfigError) -> None:
+    """Raise one error that lists every field of ``config`` outside its Range."""
+    if problems := list(out_of_range(config)):
+        raise error("; ".join(problems))
+
+
 def cut[S](config: DataclassInstance, settings: type[S], **given: Any) -> S:
     """An instance of the dataclass ``settings``: its fields by name from ``config``, or as ``given``."""
     names = {f.name for f in dataclasses.fields(config)}

@@ -195,7 +195,7 @@ def _settle_cameras(entrance: Entrance, settings: DoorSettings, cameras: tuple[s
 
 
 def read_rename_map(text: str) -> dict[str, str]:
-    """The flag's JSON, environment -> policy; raises ConfigError."""
+    """The flag's JSON, environment -> policy, names without their prefix; raises ConfigError."""
     if not text:
         return {}
     try:
@@ -204,7 +204,7 @@ def read_rename_map(text: str) -> dict[str, str]:
         raise ConfigError(f"rename_map={text} is no JSON ({error}): {_EXAMPLE}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content.values()):
         raise ConfigError(f"rename_map={text} maps no names: {_EXAMPLE}")
-    return content
+    return {_bare(ours): _bare(theirs) for ours, theirs in content.items()}
 
 
 _EXAMPLE = """write '{"observation.images.camera_up": "observation.images.front"}', environment -> policy"""
@@ -317,7 +317,8 @@ def _of_dataset(path: str) -> dict[str, Statistics]:
 def _choose_frame(
     entrance: Entrance, settings: DoorSettings, found: Mapping[str, Statistics], target: JointFrame
 ) -> JointFrame | None:
-    frames, misfits = joint_frames(settings.calibration), misfits_of(found, settings.calibration)
+    frames = joint_frames(settings.calibration)
+    misfits = misfits_of(found, frames)
     if settings.joint_frame != "auto":
         if misfits[settings.joint_frame]:
             better = [name for name, misfit in misfits.items() if not misfit]
@@ -349,9 +350,9 @@ def joint_frames(calibration: str = "") -> dict[str, JointFrame]:
     return {**FRAMES, "lerobot_m100_100": m100_frame(half_ranges(calibration)) if calibration else m100_frame()}
 
 
-def misfits_of(found: Mapping[str, Statistics], calibration: str = "") -> dict[str, str]:
+def misfits_of(found: Mapping[str, Statistics], frames: Mapping[str, JointFrame]) -> dict[str, str]:
     """What statistics would put beyond a joint limit, by the units they are taken in; empty where they fit."""
-    return {name: _misfit(found, frame) for name, frame in joint_frames(calibration).items()}
+    return {name: _misfit(found, frame) for name, frame in frames.items()}
 
 
 def _misfit(found: Mapping[str, Statistics], frame: JointFrame) -> str:

@@ -298,7 +298,9 @@ FAMILIES: dict[str, Family] = {
 }
 EMBEDDED = {
     "tiny": FAMILIES["smolvla"],
-    "tiny-base": replace(FAMILIES["smolvla"], folder="tiny_smolvla_base", embedded_name="tiny-base"),
+    "tiny-base": replace(
+        FAMILIES["smolvla"], folder=FAMILIES["smolvla"].others["tiny-base"], embedded_name="tiny-base"
+    ),
     "tiny-pi0": FAMILIES["pi0"],
     "flow_mlp": FAMILIES["flow_mlp"],
 }

@@ -29,10 +29,10 @@ import tyro
 
 from reinflow import ConfigError, UserError, run_command
 from reinflow.seeds import FIRST_TUNING_SEED
-from reinflow.settings import Range, out_of_range
+from reinflow.settings import Range, check_ranges
 from reinflow_so101.commands.arm_file import Arm, read_arm
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, make_actor
-from reinflow_so101.door import half_ranges, misfits_of, read_rename_map
+from reinflow_so101.door import half_ranges, joint_frames, misfits_of, read_rename_map
 from reinflow_so101.policy_card import data_root, env_of_task, known_env, stored_env
 from reinflow_vla.adaptation import features_of, known_cameras, stored_statistics
 from reinflow_vla.directory import ACTION, CONFIG_FILE, OBS_IMAGES_PREFIX, OBS_STATE, read_json
@@ -80,8 +80,7 @@ class Finding:
 
 def check_arm(config: CheckArmConfig) -> list[Finding]:
     """All answers. Raises ConfigError for flags that are wrong and files that cannot be read."""
-    if problems := list(out_of_range(config)):
-        raise ConfigError("; ".join(problems))
+    check_ranges(config)
     if config.task:
         named(config.task)
     rename, directory = read_rename_map(config.rename_map), find_policy(config.policy)
@@ -122,7 +121,7 @@ def _order(directory: Path) -> Iterator[Finding]:
 def _units(directory: Path, arm: Arm) -> Iterator[Finding]:
     theirs = "lerobot" if arm.use_degrees else "lerobot_m100_100"
     found = {name: values for name, values in stored_statistics(directory)[0].items() if name in (OBS_STATE, ACTION)}
-    known, misfits = known_env(directory), misfits_of(found, arm.calibration)
+    known, misfits = known_env(directory), misfits_of(found, joint_frames(arm.calibration))
     fits = [name for name, misfit in misfits.items() if not misfit]
     own = known[0].joint_frame if known else ""
     if own and own != theirs:
@@ -140,15 +139,14 @@ def _units(directory: Path, arm: Arm) -> Iterator[Finding]:
 
 def _cameras(directory: Path, arm: Arm, rename: dict[str, str], fps: float) -> Iterator[Finding]:
     wanted = known_cameras(directory)[0]
-    bare = {a.removeprefix(OBS_IMAGES_PREFIX): b.removeprefix(OBS_IMAGES_PREFIX) for a, b in rename.items()}
-    if strange := [a for a in bare if a not in arm.cameras] + [b for b in bare.values() if b not in wanted]:
+    if strange := [a for a in rename if a not in arm.cameras] + [b for b in rename.values() if b not in wanted]:
         raise ConfigError(
             f"rename_map names {', '.join(strange)}: it goes from the arm's cameras ({', '.join(arm.cameras)}) "
             f"to what the policy looks through ({', '.join(wanted)})"
         )
-    seen = {bare.get(name, name): camera for name, camera in arm.cameras.items()}
+    seen = {rename.get(name, name): camera for name, camera in arm.cameras.items()}
     if absent := [name for name in wanted if name not in seen]:
-        free = [name for name in arm.cameras if bare.get(name, name) not in wanted]
+        free = [name for name in arm.cameras if rename.get(name, name) not in wanted]
         pairs = {OBS_IMAGES_PREFIX + a: OBS_IMAGES_PREFIX + b for a, b in zip(free, absent, strict=False)}
         remedy = f"name the arm's so, or --rename_map='{json.dumps(pairs)}'" if pairs else "mount and name one"
         yield Finding("cameras", "error", f"the policy looks through {', '.join(absent)}, the arm does not: {remedy}")

@@ -22,7 +22,7 @@ import tyro
 
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED
-from reinflow.settings import SEED, Range, cut, out_of_range
+from reinflow.settings import SEED, Range, check_ranges, cut
 from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
@@ -93,8 +93,7 @@ def check_config(config: EvalConfig) -> None:
     """Raise a ConfigError for what cannot work."""
     if config.task:
         named(config.task)
-    if problems := list(out_of_range(config)):
-        raise ConfigError("; ".join(problems))
+    check_ranges(config)
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ConfigError(f"output_dir={config.output_dir} is a file: choose a directory")
     if (Path(config.output_dir) / "eval_info.json").exists():

@@ -18,6 +18,7 @@ import tyro
 from reinflow import ConfigError, run_command
 from reinflow.checkpoint import CHECKPOINTS
 from reinflow.checksums import SUMS_FILE, check_sums, write_sums
+from reinflow_so101.command_line import PATH_FIELDS
 from reinflow_so101.commands.evaluate import find_policy
 from reinflow_so101.policy_card import TRAIN_CONFIG_FILE, known_env, stored_env, write_card
 from reinflow_vla.directory import (
@@ -78,12 +79,13 @@ def export(config: ExportConfig) -> Path:
 
 def check_finite(directory: Path) -> None:
     """Refuse weights that no policy has: a damaged one must not be handed on. Raises CheckpointError."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     from reinflow.training_state import refuse_not_finite
 
     file = weights_file(directory)
-    refuse_not_finite(load_file(file).items(), str(file))
+    with safe_open(file, "pt") as tensors:  # one at a time: they may be large
+        refuse_not_finite(((name, tensors.get_tensor(name)) for name in tensors.keys()), str(file))  # noqa: SIM118
 
 
 def _refuse_links(source: Path) -> None:
@@ -125,8 +127,7 @@ def model_card(policy_dir: Path, absolute: bool = False) -> str:
     known, stored = known_env(policy_dir), read_json(policy_dir / CONFIG_FILE)
     env = known[0] if known else stored_env(policy_dir)
     task = f'{describe(env)}, told "{env.instruction}", with an SO-101 in MuJoCo' if known else "it says of none"
-    paths = {"smolvla": "pretrained_path", "pi0": "pi0_pretrained_path", "flow_mlp": "flow_mlp_pretrained_path"}
-    base = str(settings.get(paths.get(str(settings.get("model_type")), ""), "") or "unknown")
+    base = str(settings.get(PATH_FIELDS.get(str(settings.get("model_type")), ""), "") or "unknown")
     is_hub = base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
     base = base if is_hub else Path(base).name
     lines = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,11 @@ class Demonstrations:
     instructions: list[str]
     instruction_of: NDArray[np.int64]  # (E,) index
     stats: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+
+    @cached_property
+    def stored(self) -> list[NDArray[np.int64]]:
+        """Of each episode the frames whose images are kept."""
+        return [np.flatnonzero(rows >= 0) for rows in self.kept]
 
 
 def decisions(length: int, every: int = DECISION_STEPS) -> NDArray[np.int64]:

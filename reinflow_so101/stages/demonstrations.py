@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, UserError, run_command
-from reinflow.settings import POSITIVE, SEED, Range, out_of_range
+from reinflow.settings import POSITIVE, SEED, Range, check_ranges
 from reinflow_so101.policy_card import write_card
 from so101_mujoco_utils import JOINT_NAMES
 from so101_sim.config import EnvConfig
@@ -61,8 +61,8 @@ class DemoConfig:
     image_size: Annotated[int, Range(8, 4_096)] = 96
     """Pixels, height and width."""
     video: bool = False
-    """h264 video instead of images: five times as fast for lerobot-train, which decodes all images of a chunk to get at
-    its actions. Nearly lossless, since the block is 3 pixels wide."""
+    """h264 video instead of images, for lerobot-train, which decodes all images of a chunk to get at its actions where
+    they are images. Nearly lossless, since the block is 3 pixels wide."""
     block_radius_range: tuple[float, float] | None = None
     """Metres from the base axis; None takes the task's, for lift a centimetre beyond, so that its edge is not the
     data's."""
@@ -84,8 +84,7 @@ class DemoConfig:
         unread = [name for name in RANGES if getattr(self, name) is not None]
         if unread and not moves:
             raise ConfigError(f"{', '.join(unread)} not read by task={self.task}, where the block lies still: drop it")
-        if problems := list(out_of_range(self)):
-            raise ConfigError("; ".join(problems))
+        check_ranges(self)
         if len(self.disturbance_deg) != 3 or not all(0 <= degrees <= 180 for degrees in self.disturbance_deg):
             raise ConfigError(f"disturbance_deg is {self.disturbance_deg}: give three numbers from 0 to 180")
         self.env()  # ranges that contradict each other

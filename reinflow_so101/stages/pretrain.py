@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reinflow import ConfigError, run_command
-from reinflow.settings import POSITIVE, RATE, SEED, Range, out_of_range
+from reinflow import run_command
+from reinflow.settings import POSITIVE, RATE, SEED, Range, check_ranges
 from so101_mujoco_utils import FRAMES, SceneLayout, load_model
 from so101_sim.config import EnvConfig
 
@@ -79,8 +79,7 @@ class PretrainConfig:
     """Of the scenes, the order of the batches and the heads."""
 
     def __post_init__(self) -> None:
-        if problems := list(out_of_range(self)):
-            raise ConfigError("; ".join(problems))
+        check_ranges(self)
 
 
 @dataclass

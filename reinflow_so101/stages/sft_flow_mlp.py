@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from reinflow import UserError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
-from reinflow.settings import SEED, out_of_range
+from reinflow.settings import SEED, check_ranges
 from reinflow_so101.policy_card import write_card
 from reinflow_so101.stages.demonstrations import DemoConfig
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES
@@ -86,8 +86,7 @@ class FlowMlpSftConfig:
 
     def __post_init__(self) -> None:
         named(self.task)
-        if problems := list(out_of_range(self)):
-            raise FlowMlpSftError("; ".join(problems))
+        check_ranges(self, FlowMlpSftError)
         for name in ("episodes", "steps", "batch_size", "hidden_size", "num_denoising_steps", "num_parallel_envs"):
             if getattr(self, name) < 1:
                 raise FlowMlpSftError(f"{name} is {getattr(self, name)}: use at least 1")

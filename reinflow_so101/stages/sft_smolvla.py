@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
-from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, RATE, SEED, Range, out_of_range
+from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, RATE, SEED, Range, check_ranges
 from reinflow_so101.door import DoorSettings, enter, read_rename_map
 from reinflow_so101.policies import FAMILIES
 from reinflow_so101.policy_card import CARD_FILE, as_seen_by, card_env, env_of_task, known_env, write_card
@@ -119,8 +119,7 @@ class SftConfig:
     """Of batches and flow noise."""
 
     def __post_init__(self) -> None:
-        if problems := list(out_of_range(self)):
-            raise ConfigError("; ".join(problems))
+        check_ranges(self)
         if not self.num_steps or min(self.num_steps) < 1:
             raise ConfigError(f"num_steps is {self.num_steps}: name at least one number of denoising steps, 1 or more")
         if self.eval_seed + self.eval_episodes > FIRST_REPORTING_SEED:
@@ -147,9 +146,8 @@ def draw_frames(
     length = data.lengths[episode]
     near = rng.integers(-(-length // every)) * every
     near = np.abs(near + rng.integers(-config.jitter, config.jitter + 1, config.batch_size))
-    stored = [np.flatnonzero(frames >= 0) for frames in data.kept]  # of each episode
-    place = rng.integers([len(stored[row]) for row in episode])
-    anywhere = np.array([stored[row][at] for row, at in zip(episode, place, strict=True)])
+    place = rng.integers([len(data.stored[row]) for row in episode])
+    anywhere = np.array([data.stored[row][at] for row, at in zip(episode, place, strict=True)])
     frame = np.where(rng.random(config.batch_size) < config.decision_share, near, anywhere)
     return episode, np.minimum(frame, length - 1)
 
@@ -331,12 +329,9 @@ class Played:
         return "\n".join([f"evaluated on {describe(self.env)}; {self.why}", *self.lines])
 
 
-def bare_rename_map(config: SftConfig, cameras: Sequence[str], recorded: Sequence[str]) -> dict[str, str]:
-    """--rename-map without prefixes, recorded or the scene's -> the policy's. Raises ConfigError for other names."""
-    given = {
-        one.removeprefix(OBS_IMAGES_PREFIX): other.removeprefix(OBS_IMAGES_PREFIX)
-        for one, other in read_rename_map(config.rename_map).items()
-    }
+def checked_rename_map(config: SftConfig, cameras: Sequence[str], recorded: Sequence[str]) -> dict[str, str]:
+    """--rename-map, recorded or the scene's -> the policy's. Raises ConfigError for other names."""
+    given = read_rename_map(config.rename_map)
     strange = [name for name in given if name not in (*recorded, *CAMERA_NAMES)]
     strange += [name for name in given.values() if name not in cameras]
     if strange:
@@ -355,7 +350,7 @@ def recorded_cameras(config: SftConfig, policy_dir: Path) -> dict[str, str]:
     """The policy's image feature -> the dataset's, by name or as --rename-map says."""
     cameras, _ = known_cameras(policy_dir)
     recorded = camera_names(config.dataset_root)
-    given = {theirs: name for name, theirs in bare_rename_map(config, cameras, recorded).items() if name in recorded}
+    given = {theirs: name for name, theirs in checked_rename_map(config, cameras, recorded).items() if name in recorded}
     return {OBS_IMAGES_PREFIX + name: OBS_IMAGES_PREFIX + given.get(name, name) for name in cameras}
 
 
@@ -377,8 +372,8 @@ def played(config: SftConfig, policy_dir: Path, frames: int, every: int) -> Play
     if config.control_hz:
         env = replace(env, control_hz=config.control_hz)
     cameras, _ = known_cameras(policy_dir)
-    rename = bare_rename_map(config, cameras, camera_names(config.dataset_root))
-    rename = {OBS_IMAGES_PREFIX + a: OBS_IMAGES_PREFIX + b for a, b in rename.items() if a in CAMERA_NAMES}
+    rename = checked_rename_map(config, cameras, camera_names(config.dataset_root))
+    rename = {ours: theirs for ours, theirs in rename.items() if ours in CAMERA_NAMES}
     entrance = enter(policy_dir, DoorSettings(rename_map=json.dumps(rename) if rename else ""), CAMERA_NAMES)
     scene = {ours: theirs for theirs, ours in entrance.cameras.items() if ours in CAMERA_NAMES}
     why, lines = f"{why}; {how_to_choose()}", tuple(line for line in entrance.lines if line.startswith("cameras"))
