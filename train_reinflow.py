@@ -5,6 +5,8 @@
     python train_reinflow.py --preset finetune --pretrained-path DIR   your own SmolVLA, with what learns here
     python train_reinflow.py --pretrained-path DIR  the same with the document's defaults
     python train_reinflow.py --preset tiny-pi0      a tiny Pi0 with random weights: it runs, it does not learn
+    python train_reinflow.py --preset three-stage --flow-mlp-pretrained-path DIR   stage three of notes/stages.md
+    python train_reinflow.py --preset paper-state --flow-mlp-pretrained-path DIR   Gymnasium's Hopper, as in the paper
     python train_reinflow.py --help                 every field
 
 This file holds the configuration (``TrainingConfig``, the one place of defaults) and the training loop with its verbs:
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,9 +34,11 @@ from reinflow.settings import (
     Range,
     cut,
 )
+from reinflow_gym.config import GymConfig
 from reinflow_so101.checks import check_config
 from reinflow_so101.command_line import PATH_FIELDS, ThisStart, parse_flags, starting_point
 from reinflow_so101.opening import check_start, make_policy, make_run, open_run  # noqa: F401 - for those who build on it
+from reinflow_so101.presets import PRESET_VALUES
 from so101_sim.config import EnvConfig
 from so101_sim.tasks.registry import DEFAULT_TASK
 
@@ -55,8 +59,11 @@ class TrainingConfig:
     """Every setting of a training run. Names follow notes/hyperparameters.md, which gives the reasons at length."""
 
     # --- What is trained -------------------------------------------------------------------------------------------
-    preset: Literal["smolvla", "pi0", "finetune", "tiny", "tiny-pi0", "flow_mlp"] = "smolvla"
-    """Which set of defaults the other flags start from; they are PRESETS in train_reinflow.py."""
+    preset: Literal[
+        "smolvla", "pi0", "finetune", "tiny", "tiny-pi0", "flow_mlp",
+        "three-stage", "paper-state", "paper-walker2d", "paper-image",
+    ] = "smolvla"  # fmt: skip
+    """Which set of defaults the other flags start from; they stand in reinflow_so101/presets.py."""
     model_type: Literal["smolvla", "pi0", "flow_mlp"] = "smolvla"
     """Policy family. pi0 is Pi0 or Pi0.5, as the policy says; flow_mlp sees the simulator's state and no images."""
     pretrained_path: str = "lerobot/smolvla_base"
@@ -105,12 +112,16 @@ class TrainingConfig:
     # --- How much --------------------------------------------------------------------------------------------------
     num_episodes: Annotated[int, POSITIVE, tyro.conf.arg(aliases=["--episodes"])] = 20_000
     """Training episodes in all."""
+    total_timesteps: Annotated[int, NOT_NEGATIVE] = 0
+    """Training control steps in all, instead of num_episodes, where episodes have any length; 0 counts episodes."""
     max_minutes: Annotated[float, NOT_NEGATIVE] = 0.0
     """The run saves and stops when an iteration ends after that long, and --resume goes on; 0 is no limit."""
     num_parallel_envs: Annotated[int, ENVIRONMENTS, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
     episodes_per_iteration: Annotated[int, POSITIVE] = 40
     """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""
+    rollout_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Decisions per environment and rollout instead of whole episodes; 0 is as many as episodes_per_iteration take."""
     seed: Annotated[int, SEED] = 0
     """Of weights, noise, shuffling and training blocks. Seeds from 10,000 up are for reporting only."""
 
@@ -182,6 +193,11 @@ class TrainingConfig:
     """Fraction of training before hold_cosine starts to fall; 1 never."""
     noise_decay_ratio: Annotated[float, FRACTION] = 0.7
     """Final sigma_max as a fraction of the first."""
+    noise_decay_end: Annotated[float, Range(0, 1, low_included=False)] = 1.0
+    """Fraction of training after which linear and exponential have fallen, to sigma_min or near it."""
+    chain_noise: Literal["reinflow", "flow_sde"] = "reinflow"
+    """Noise of the chain: reinflow in every step, of the noise head's std; flow_sde (pi_RL) in one step of a decision,
+    drawn at random, which alone is updated: sigma_max is its level a, std sqrt(dt) a sqrt(t / (1 - t))."""
     auto_scale: bool = False
     """Take sigma_min, sigma_max, policy_lr and target_kl as the paper's, for D = 28, and scale them to this D."""
     log_prob_reduction: Literal["chunk", "action", "dim", "mean"] = "chunk"
@@ -204,6 +220,9 @@ class TrainingConfig:
     """Control steps before an episode is truncated."""
 
     # --- Environment -----------------------------------------------------------------------------------------------
+    env_id: str = ""
+    """A Gymnasium environment with Box actions, such as Hopper-v5, for a flow_mlp that was made for it; empty is the
+    SO-101 arm. It is seen by its state alone; max_steps_per_episode is its time limit."""
     task: str = DEFAULT_TASK
     """Named task that the fields below start from, such as lift or lift_wide: the one given here, else the one that the
     policy was made for, else the preset's. Other flags override it; what a run plays is in its own fields."""
@@ -301,8 +320,12 @@ class TrainingConfig:
 
     # What each room takes of it
 
+    def world(self) -> EnvConfig | GymConfig:
+        """Where it acts."""
+        return GymConfig(self.env_id, self.max_steps_per_episode) if self.env_id else self.env()
+
     def env(self) -> EnvConfig:
-        """The environment."""
+        """The arm's environment."""
         blind = self.model_type == "flow_mlp"  # it sees the simulator's state and no pixels
         privileged = blind or self.critic_input == "state"
         return cut(self, EnvConfig, joint_frame="lerobot", render_images=not blind, environment_state=privileged)
@@ -346,8 +369,9 @@ class TrainingConfig:
 
     @property
     def chunk_steps_per_rollout(self) -> int:
-        """T: whole episodes per environment."""
-        return -(-self.episodes_per_iteration // self.num_parallel_envs) * self.chunks_per_episode
+        """T: whole episodes per environment, or rollout_steps."""
+        whole = -(-self.episodes_per_iteration // self.num_parallel_envs) * self.chunks_per_episode
+        return self.rollout_steps or whole
 
     @property
     def policy_path(self) -> str:
@@ -355,95 +379,7 @@ class TrainingConfig:
         return str(getattr(self, PATH_FIELDS[self.model_type]))
 
 
-PRESETS: dict[str, TrainingConfig] = {
-    "smolvla": TrainingConfig(),
-    "pi0": TrainingConfig(preset="pi0", model_type="pi0"),
-    "tiny": TrainingConfig(
-        preset="tiny",
-        pretrained_path="tiny",
-        task="lift",
-        num_episodes=9_216,
-        num_threads=2,
-        num_parallel_envs=64,
-        episodes_per_iteration=192,
-        cameras=("camera_up", "wrist_camera"),
-        image_size=96,
-        randomize_block=True,
-        reward_mode="staged",
-        starting_position=(0.06, -100.21, 89.95, 66.46, -84.04, 1.0),
-        num_denoising_steps=1,
-        noise_basis="dct",
-        log_prob_reduction="dim",
-        sigma_min=0.15,
-        sigma_max=0.15,
-        policy_optimizer="natural",
-        natural_momentum=0.7,
-        num_ppo_epochs=1,
-        num_critic_epochs=40,
-        critic_lr=1e-3,
-        clip_epsilon=0.2,
-        value_clip_epsilon=0.0,
-        target_kl=0.015,
-        gae_lambda=0.7,
-        time_limit_is_terminal=True,
-        grad_clip_norm=1.0,
-        minibatch_size=96,
-        gradient_accumulation_steps=6,
-        lr_warmup_iterations=0,
-        lr_decay_ratio=0.2,
-        critic_warmup_iters=1,
-        eval_interval=8,
-        eval_episodes=200,
-        save_interval=1_536,
-    ),
-}
-# What was measured to learn ("tiny"), for a policy of one's own: all that is the policy's to say is left to it.
-PRESETS["finetune"] = replace(
-    PRESETS["tiny"],
-    preset="finetune",
-    pretrained_path=TrainingConfig.pretrained_path,
-    num_threads=0,
-    num_episodes=20_000,
-    minibatch_size=8,  # 450 M within 24 GB
-    gradient_accumulation_steps=72,
-    cameras=TrainingConfig.cameras,
-    image_size=0,
-    chunk_size=0,
-    n_action_steps=0,
-    chunks_per_episode=0,
-    num_denoising_steps=0,
-)
-# The task of "tiny" with a random Pi0: every stage of Pi0 in minutes on a 2-core CPU.
-PRESETS["tiny-pi0"] = replace(
-    PRESETS["tiny"],
-    preset="tiny-pi0",
-    model_type="pi0",
-    pretrained_path=TrainingConfig.pretrained_path,
-    pi0_pretrained_path="tiny",
-    pi0_vlm_dtype="float32",
-    num_episodes=64,
-    num_parallel_envs=8,
-    episodes_per_iteration=8,
-    minibatch_size=12,
-    gradient_accumulation_steps=2,
-    policy_optimizer="adam",
-    policy_lr=1e-4,
-    num_ppo_epochs=2,
-    num_critic_epochs=2,
-    critic_warmup_iters=0,
-    eval_interval=2,
-    eval_episodes=8,
-    report_episodes=8,
-    save_interval=16,
-)
-# The algorithm of "tiny" on its task, without pixels: what is learned about one should hold for the other.
-PRESETS["flow_mlp"] = replace(
-    PRESETS["tiny"],
-    preset="flow_mlp",
-    model_type="flow_mlp",
-    pretrained_path=TrainingConfig.pretrained_path,
-    num_episodes=4_224,
-)
+PRESETS = {name: TrainingConfig(preset=name, **values) for name, values in PRESET_VALUES.items()}  # type: ignore[arg-type]
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -470,14 +406,14 @@ def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
 
     sigma_min, sigma_max = noise_bounds(
         run.progress, config.sigma_min, config.sigma_max,
-        config.noise_schedule, config.noise_decay_start, config.noise_decay_ratio,
+        config.noise_schedule, config.noise_decay_start, config.noise_decay_ratio, config.noise_decay_end,
     )  # fmt: skip
     run.policy.set_noise_bounds(sigma_min, sigma_max)
     buffer, info, run.current = collect_rollout(
         run.policy, run.env, run.current, config.chunk_steps_per_rollout,
         config.chain(), config.rollout(), run.learner.normalizer, run.seeds,
     )  # fmt: skip
-    run.count(info.episodes)
+    run.count(info.episodes, int(buffer.active.sum()))
     run.metrics |= info.metrics() | {"noise/sigma_min": sigma_min, "noise/sigma_max": sigma_max}
     return buffer
 
@@ -518,10 +454,10 @@ def play(run: Run, config: TrainingConfig, first_seed: int, episodes: int) -> Ev
     """Noise-free episodes on ``episodes`` seeds, by the policy object that acts in rollouts; None after a signal."""
     from reinflow.evaluate import EvaluationStopped, evaluate_seeds
     from reinflow.rollout import ROW_TILE, noise_free_actor
-    from so101_sim.vector.make import make_vector_env
+    from reinflow_so101.worlds import make_world
 
     act = run.unless_stopped(noise_free_actor(run.policy, config.chain()))
-    make_env = partial(make_vector_env, config.env())
+    make_env = partial(make_world, config.world())
     try:
         return evaluate_seeds(act, make_env, first_seed, episodes, max(config.num_parallel_envs, ROW_TILE))
     except EvaluationStopped:
@@ -554,6 +490,13 @@ def start(argv: Sequence[str]) -> None:
 def main() -> None:
     """train_reinflow.py, reinflow-train."""
     run_command("train_reinflow", lambda: start(sys.argv[1:]))
+
+
+def sweep_main() -> None:
+    """reinflow-sweep: many trainings, and what their settings did."""
+    from reinflow_so101.commands.sweep import command
+
+    run_command("reinflow-sweep", lambda: command(sys.argv[1:], PRESETS))
 
 
 def memory_main() -> None:

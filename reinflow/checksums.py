@@ -66,6 +66,14 @@ def replace_with_sum(path: Path, content: str) -> None:
             os.replace(file, path)
 
 
+def write_atomically(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
 def check_with_sum(path: Path, remedy: str) -> None:
     """Raise DamagedFileError if ``path`` is not what ``replace_with_sum`` wrote; nothing happens without a sum."""
     _check(_beside(path), remedy)

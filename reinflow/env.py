@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,8 @@ class ChunkVectorEnv(ABC):
     num_envs: int
     extras: ClassVar[Mapping[str, Extra]] = {}
     """What EpisodeStats.extras holds; every name becomes a metric."""
+    objective: ClassVar[Literal["success", "return"]] = "success"
+    """What an evaluation chooses the best policy by."""
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Observation:

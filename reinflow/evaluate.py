@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist, fmean
-from typing import Any
+from statistics import NormalDist, fmean, stdev
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class EvalResult:
     extras: Mapping[str, Extra] = field(default_factory=dict)  # of the environment
     video_paths: list[str] = field(default_factory=list)
     broken_seeds: tuple[int, ...] = ()  # of episodes in which the simulation broke down; they count as failures
+    objective: Literal["success", "return"] = "success"  # of the environment
 
     @property
     def num_successes(self) -> int:
@@ -84,8 +85,22 @@ class EvalResult:
         return self.num_successes / len(self.episodes)
 
     @property
+    def score(self) -> float:
+        """What the best policy is chosen by: the success rate or the mean return, as the environment has it."""
+        return self.return_mean if self.objective == "return" else self.success_rate
+
+    @property
+    def return_error(self) -> float:
+        """Standard error of the mean return; 0 of a single episode."""
+        returns = [row.return_ for row in self.episodes]
+        return stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else 0.0
+
+    @property
     def standard_error(self) -> float:
-        """Of the success rate; one success and one failure are added, so that it is not 0 where nothing failed."""
+        """Of the score; for a success rate one success and one failure are added, so that it is not 0 where nothing
+        failed."""
+        if self.objective == "return":
+            return self.return_error
         rate = (self.num_successes + 1) / (len(self.episodes) + 2)
         return math.sqrt(rate * (1 - rate) / len(self.episodes))
 
@@ -109,10 +124,8 @@ class EvalResult:
     def metrics(self) -> dict[str, float]:
         """By the names of reinflow.metrics."""
         low, high = self.interval
-        return {
-            "eval/success_rate": self.success_rate,
-            "eval/ci_low": low,
-            "eval/ci_high": high,
+        success = {"eval/success_rate": self.success_rate, "eval/ci_low": low, "eval/ci_high": high}
+        return ({} if self.objective == "return" else success) | {
             "eval/return_mean": self.return_mean,
             "eval/episode_length": self.length_mean,
             "eval/episodes": float(len(self.episodes)),
@@ -125,6 +138,12 @@ class EvalResult:
         lost = self.broken_seeds
         broken = f", {len(lost)} failed by unstable physics (first seed {lost[0]})" if lost else ""
         extras = "".join(f"{extra.template.format(self.extra_mean(name))}, " for name, extra in self.extras.items())
+        if self.objective == "return":
+            return (
+                f"return {self.return_mean:.1f} +- {1.96 * self.return_error:.1f} (95 % of {len(self.episodes)} "
+                f"episodes), length {self.length_mean:.0f}, {100 * self.success_rate:.0f} % to the time limit, "
+                f"{extras}{self.elapsed_s:.0f} s{broken}"
+            )
         return (
             f"success {100 * self.success_rate:.1f} % ({self.num_successes}/{len(self.episodes)}), 95 % interval "
             f"{100 * low:.1f}-{100 * high:.1f} %, return {self.return_mean:.2f}, "
@@ -237,7 +256,9 @@ def evaluate(
         batch = list(seeds[first : first + vector_env.num_envs])
         rows += _play_batch(act, vector_env, batch, broken, frame_hook, frame_interval)
     elapsed = time.perf_counter() - start
-    return EvalResult(tuple(rows), elapsed, extras=vector_env.extras, broken_seeds=tuple(broken))
+    return EvalResult(
+        tuple(rows), elapsed, extras=vector_env.extras, broken_seeds=tuple(broken), objective=getattr(vector_env, "objective", "success")
+    )
 
 
 def _play_batch(

@@ -8,17 +8,30 @@ Dimensions, here and everywhere in this package:
     N environments      T chunk steps per rollout   B batch of decisions    K denoising steps
     H chunk_size        n executed actions (n_action_steps <= H)            A / D real / padded action dims
     F features          M noise coordinates per joint along the chunk       G ratio groups
+    C denoised actions  (n <= C <= H; n where they do not depend on later ones)
 
-The transition is ``x_{k+1} = x_k + dt * v(x_k) + basis @ (std * eps)`` on the A real action dims, ``eps ~ N(0, I)``
-of shape (M, A). With ``noise_basis="white"`` the basis is the identity (M = n): every executed action gets its own
-noise, as in the paper. With ``"dct"`` it holds the M lowest cosines of the chunk's time axis (orthonormal), so that
-exploration is smooth and has M * A random dimensions instead of n * A.
+The transition is ``x_{k+1} = x_k + dt * v(x_k) + basis @ (std * eps)`` on the A real dims of the executed actions,
+``eps ~ N(0, I)`` of shape (M, A). With ``noise_basis="white"`` the basis is the identity (M = n): every executed action
+gets its own noise, as in the paper. With ``"dct"`` it holds the M lowest cosines of the chunk's time axis
+(orthonormal), so that exploration is smooth and has M * A random dimensions instead of n * A.
 
 What is scored: the coordinates ``basis.T @ (x_{k+1} - mean)``, which are exactly the random variables that were
-drawn, under the Gaussian they were drawn from. What is not: the padded dims and, for "dct", the part of the chunk
-that is orthogonal to the basis. Both are deterministic functions of (x_k, observation), so they carry no probability;
-x_k itself is conditioned on as it was stored, padded dims included. For "dct" the gradient is therefore the policy
-gradient of the low-frequency action, with the high-frequency rest treated as part of the environment.
+drawn, under the Gaussian they were drawn from. What is not: the padded dims, actions beyond the executed ones and, for
+"dct", the part of the chunk that is orthogonal to the basis. They are deterministic functions of (x_k, observation), so
+they carry no probability; x_k itself is conditioned on as it was stored, padded dims included. For "dct" the gradient
+is therefore the policy gradient of the low-frequency action, with the high-frequency rest treated as part of the
+environment.
+
+``chain_noise="flow_sde"`` (Flow-SDE of pi_RL, arXiv 2510.25889, after Flow-GRPO, arXiv 2505.05470) draws noise in one
+of the K steps, chosen at random for every decision, and leaves the others to the ODE. In the flow's own stochastic
+differential equation with the same marginals, noise of variance s^2 a unit of time goes along with the drift
+``s^2/2 * score``, and the score of the straight flow is ``-(x_t + (1 - t) v) / t``. So there
+
+    mean = x_t - dt * v - dt * s^2 / (2 t) * P (x_t + (1 - t) v),    std = sqrt(dt) * s,    s^2 = a^2 t / max(1 - t, dt)
+
+with dt = 1/K, the noise level a (``sigma_max``, as it falls; the noise head has no part in it), and P the projection on
+what gets noise. The floor of 1 - t keeps it finite at t = 1. Only the noisy step is scored and updated: an update costs
+1/K of that of the whole chain.
 """
 
 from __future__ import annotations
@@ -34,6 +47,7 @@ from reinflow.policy import Context, FlowPolicy
 
 Reduction = Literal["chunk", "action", "dim", "mean"]
 NoiseBasis = Literal["white", "dct"]
+ChainNoise = Literal["reinflow", "flow_sde"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class ChainSpec:
         noise_basis: ``white`` or ``dct``.
         num_noise_coefficients: M for ``dct``; ignored for ``white``.
         noise_last_step_only: draw noise in the last denoising step only; the earlier ones are deterministic.
+        chain_noise: ``reinflow``: of the noise head's std, in every step (or the last); ``flow_sde``: in one step,
+            drawn for every decision, of a std that keeps the flow's marginals.
     """
 
     num_denoising_steps: int = 1
@@ -55,6 +71,7 @@ class ChainSpec:
     noise_basis: NoiseBasis = "white"
     num_noise_coefficients: int = 5
     noise_last_step_only: bool = False
+    chain_noise: ChainNoise = "reinflow"
 
     def num_coordinates(self, n: int) -> int:
         """M for a chunk of n executed actions."""
@@ -66,27 +83,34 @@ class ChainSpec:
 
     def noise_shape(self, n: int, action_dim: int) -> tuple[int, int, int]:
         """(K', M, A) of one decision's exploration noise."""
-        return len(self.noisy_steps()), self.num_coordinates(n), action_dim
+        return self.num_noisy_steps, self.num_coordinates(n), action_dim
+
+    @property
+    def num_noisy_steps(self) -> int:
+        """K'."""
+        return 1 if self.chain_noise == "flow_sde" else len(self.noisy_steps())
 
     def noisy_steps(self) -> range:
-        """Indices k of the denoising steps that draw noise."""
+        """Indices k of the denoising steps that draw noise; with ``flow_sde`` those of which one does."""
         first = self.num_denoising_steps - 1 if self.noise_last_step_only else 0
         return range(first, self.num_denoising_steps)
 
 
 class Transition(NamedTuple):
-    """N(mean, basis diag(std^2) basis^T) over x_{k+1}."""
+    """N(mean, basis diag(std^2) basis^T) over x_{k+1}; without noise x_{k+1} is ``euler``."""
 
-    mean: Tensor  # (B, n, D)
+    euler: Tensor  # (B, C, D) the ODE's next state
+    mean: Tensor  # (B, C, D)
     std: Tensor  # (B, M, A)
 
 
 class ChainSample(NamedTuple):
     """One sampled denoising chain per row."""
 
-    chain: Tensor  # (B, K+1, n, D), from noise to action
+    chain: Tensor  # (B, K+1, C, D), from noise to action
     log_prob: Tensor  # (B, G)
     noise_std: Tensor  # (B,) mean std of the row's noise
+    noisy: Tensor  # (B, K') indices of the denoising steps that drew noise; (B, 0) without exploration
 
 
 class ChainScore(NamedTuple):
@@ -95,7 +119,7 @@ class ChainScore(NamedTuple):
     log_prob: Tensor  # (B, G)
     entropy: Tensor  # (B,) mean entropy of one noise coordinate
     noise_std: Tensor  # (B,)
-    mean: Tensor  # (B, K', n, A) where the K' noisy steps lead without noise
+    mean: Tensor  # (B, K', C, A) where the K' noisy steps lead without noise
 
 
 def dct_basis(n: int, m: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
@@ -134,16 +158,38 @@ def transition(policy: FlowPolicy, context: Context, x_t: Tensor, time: Tensor, 
     Args:
         policy: supplies velocity and noise std.
         context: encoded observations, leading dim B.
-        x_t: (B, n, D) noised actions.
+        x_t: (B, C, D) noised actions.
         time: (B,) flow time of every row.
         spec: the chain's definition.
     """
     velocity, features = policy.velocity(context, x_t, time)
-    mean = x_t + (-1.0 / spec.num_denoising_steps) * velocity
-    std = policy.noise_std(features)  # (B, n, A)
+    euler = x_t + (-1.0 / spec.num_denoising_steps) * velocity
+    n = policy.n_action_steps
+    if spec.chain_noise == "flow_sde":
+        return _flow_sde(policy, x_t, velocity, euler, time, spec)
+    std = policy.noise_std(features[:, :n])  # (B, n, A)
     if spec.noise_basis == "dct":
-        std = std.mean(dim=1, keepdim=True).expand(-1, spec.num_coordinates(x_t.shape[1]), -1)
-    return Transition(mean, std)
+        std = std.mean(dim=1, keepdim=True).expand(-1, spec.num_coordinates(n), -1)
+    return Transition(euler, euler, std)
+
+
+def _flow_sde(
+    policy: FlowPolicy, x_t: Tensor, velocity: Tensor, euler: Tensor, time: Tensor, spec: ChainSpec
+) -> Transition:
+    """The noisy step of Flow-SDE; formulas at the top of this file."""
+    n, action_dim, dt = policy.n_action_steps, policy.action_dim, 1.0 / spec.num_denoising_steps
+    t = time[:, None, None]
+    variance = policy.noise_mlp.sigma_max**2 * t / (1 - t).clamp(min=dt)  # a unit of time, (B, 1, 1)
+    drift = (dt * variance / (2 * t)) * (x_t + (1 - t) * velocity)[:, :n, :action_dim]
+    drift = _from_coordinates(_to_coordinates(drift, spec), n, spec)
+    mean = euler - _pad_to(drift, euler)
+    std = (dt * variance).sqrt().expand(-1, spec.num_coordinates(n), action_dim)
+    return Transition(euler, mean, std)
+
+
+def _pad_to(part: Tensor, whole: Tensor) -> Tensor:
+    """(B, n, A) -> the shape of ``whole`` (B, C, D), with zeros."""
+    return torch.nn.functional.pad(part, (0, whole.shape[2] - part.shape[2], 0, whole.shape[1] - part.shape[1]))
 
 
 def _coordinate_log_prob(coordinates: Tensor, std: Tensor) -> Tensor:
@@ -199,6 +245,13 @@ def group_advantage(advantage: Tensor, action_dim: int, spec: ChainSpec) -> Tens
     return advantage[:, 0]
 
 
+def _all_rows(spec: ChainSpec, batch: int, device: torch.device) -> Tensor:
+    """(B, K') the denoising steps that draw noise in every row."""
+    if spec.chain_noise == "flow_sde":
+        raise ValueError("with flow_sde every row has its own noisy step: give them as `noisy` (B, 1)")
+    return torch.tensor([*spec.noisy_steps()], device=device).expand(batch, -1)
+
+
 @torch.no_grad()
 def sample_chain(
     policy: FlowPolicy,
@@ -206,58 +259,76 @@ def sample_chain(
     spec: ChainSpec,
     initial_noise: Tensor,
     exploration: Tensor | None = None,
+    noisy: Tensor | None = None,
 ) -> ChainSample:
-    """Denoise ``initial_noise`` (B, n, D) in K steps.
+    """Denoise ``initial_noise`` (B, C, D) in K steps.
 
     Args:
         policy: the acting policy.
         context: encoded observations, leading dim B.
         spec: the chain's definition.
-        initial_noise: (B, n, D) standard normal, x_0.
+        initial_noise: (B, C, D) standard normal, x_0.
         exploration: (B, K', M, A) standard normal, of the shape ``spec.noise_shape``. None leaves it out, which is
             LeRobot's own Euler sampler; ``log_prob`` is then zero.
+        noisy: (B, K') indices of the denoising steps that draw it; None: those of ``spec.noisy_steps``. With flow_sde
+            every row has its own.
+
+    Raises:
+        ValueError: flow_sde without ``noisy``.
     """
     x_t, states, log_probs, stds = initial_noise, [initial_noise], [], []
-    action_dim, batch = policy.action_dim, initial_noise.shape[0]
-    times = time_grid(spec.num_denoising_steps, initial_noise.device)
+    action_dim, batch, n = policy.action_dim, initial_noise.shape[0], policy.n_action_steps
+    device = initial_noise.device
+    times = time_grid(spec.num_denoising_steps, device)
+    if exploration is None:
+        noisy = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+    elif noisy is None:
+        noisy = _all_rows(spec, batch, device)
     for k in range(spec.num_denoising_steps):
         step = transition(policy, context, x_t, times[k].expand(batch), spec)
-        x_t = step.mean
+        x_t = step.euler
         if exploration is not None and k in spec.noisy_steps():
-            eps = exploration[:, k - spec.noisy_steps().start]
-            x_t = x_t.clone()
-            x_t[..., :action_dim] += _from_coordinates(step.std * eps, x_t.shape[1], spec)
+            chosen = noisy == k  # (B, K')
+            draws = chosen.any(1)[:, None, None]
+            eps = (exploration * chosen[:, :, None, None]).sum(1)  # at most one of them
+            x_t = torch.where(draws, step.mean, step.euler)
+            x_t[:, :n, :action_dim] += _from_coordinates(step.std * eps, n, spec)
             # Scored from the stored state, not from eps: the update will see only the stored state.
-            delta = x_t[..., :action_dim] - step.mean[..., :action_dim]
-            log_probs.append(_coordinate_log_prob(_to_coordinates(delta, spec), step.std))
-            stds.append(step.std.mean(dim=(1, 2)))
+            delta = (x_t - step.mean)[:, :n, :action_dim]
+            log_prob = _coordinate_log_prob(_to_coordinates(delta, spec), step.std)
+            log_probs.append(log_prob * draws)
+            stds.append(step.std.mean(dim=(1, 2)) * draws[:, 0, 0])
         states.append(x_t)
     chain = torch.stack(states, dim=1)
     if not log_probs:
         zero = chain.new_zeros(batch, 1)
-        return ChainSample(chain, zero, zero[:, 0])
-    return ChainSample(chain, _reduce(torch.stack(log_probs, 1), spec), torch.stack(stds).mean(0))
+        return ChainSample(chain, zero, zero[:, 0], noisy)
+    std = torch.stack(stds).sum(0) / noisy.shape[1]
+    return ChainSample(chain, _reduce(torch.stack(log_probs, 1), spec), std, noisy)
 
 
-def chain_log_prob(policy: FlowPolicy, context: Context, chain: Tensor, spec: ChainSpec) -> ChainScore:
-    """Score stored chains (B, K+1, n, D) with gradient, all noisy steps folded into one batch.
+def chain_log_prob(
+    policy: FlowPolicy, context: Context, chain: Tensor, spec: ChainSpec, noisy: Tensor | None = None
+) -> ChainScore:
+    """Score stored chains (B, K+1, C, D) with gradient, all noisy steps folded into one batch.
 
     Args:
         policy: the policy being updated.
         context: what ``to_buffer`` kept of the encoded observations at sampling time (or all of it).
         chain: the stored denoising states.
         spec: the chain's definition, the same as at sampling.
+        noisy: (B, K') indices of the denoising steps that drew noise; None: those of ``spec.noisy_steps``.
     """
-    steps = spec.noisy_steps()
-    batch, repeats = chain.shape[0], len(steps)
-    x_t = chain[:, steps.start : steps.stop].flatten(0, 1)  # (B*K', n, D)
-    x_next = chain[:, steps.start + 1 : steps.stop + 1].flatten(0, 1)
-    time = time_grid(spec.num_denoising_steps, chain.device)[steps.start :].repeat(batch)
+    batch, repeats, n = chain.shape[0], spec.num_noisy_steps, policy.n_action_steps
+    noisy = _all_rows(spec, batch, chain.device) if noisy is None else noisy
+    rows = torch.arange(batch, device=chain.device)[:, None]
+    x_t, x_next = chain[rows, noisy].flatten(0, 1), chain[rows, noisy + 1].flatten(0, 1)  # (B*K', C, D)
+    time = time_grid(spec.num_denoising_steps, chain.device)[noisy].flatten()
     context = policy.from_buffer(context)
     folded = context if repeats == 1 else {k: v.repeat_interleave(repeats, dim=0) for k, v in context.items()}
     step = transition(policy, folded, x_t, time, spec)
     action_dim = policy.action_dim
-    delta = x_next[..., :action_dim] - step.mean[..., :action_dim]
+    delta = (x_next - step.mean)[:, :n, :action_dim]
     log_probs = _coordinate_log_prob(_to_coordinates(delta, spec), step.std)
     shape = (batch, repeats, *log_probs.shape[1:])
     std = step.std.reshape(shape)

@@ -18,6 +18,7 @@ from reinflow.checksums import check_sums
 from reinflow.env import Observation
 from reinflow.heads import NoiseHead, ReinFlowCritic
 from reinflow.policy import Context, FlowPolicy, PolicyError
+from reinflow.step_size import refold
 from reinflow.training_state import refuse_not_finite, strict_load
 
 
@@ -39,7 +40,7 @@ def linear_action_guess(x_t: Tensor, time: Tensor) -> Tensor:
 class FlowMLP(FlowPolicy):
     """A small flow-matching MLP on the simulator state, for quick science and tests.
 
-    The whole chunk is one vector, so a policy executes all that it predicts: n = H, fixed when it is built. The
+    The whole chunk is one vector, so all H actions are denoised together, of which the first n are executed. The
     observation enters raw (normalised by ``state_mean``/``state_std``): ``encode`` has nothing to freeze and the
     context is just the normalised state.
 
@@ -65,11 +66,15 @@ class FlowMLP(FlowPolicy):
         critic_hidden_size: int = 256,
         sigma_min: float = 0.05,
         sigma_max: float = 0.15,
+        n_action_steps: int = 0,
     ):
-        """``num_denoising_steps`` is what ``save_pretrained`` writes down: the K that the policy is meant for."""
+        """``num_denoising_steps`` is what ``save_pretrained`` writes down: the K that the policy is meant for;
+        ``n_action_steps`` 0 executes the whole chunk. Raises PolicyError for more."""
         super().__init__()
+        if n_action_steps > chunk_size:
+            raise PolicyError(f"n_action_steps={n_action_steps} exceeds the policy's chunk_size={chunk_size}; lower it")
         self.state_dim, self.action_dim, self.padded_action_dim = state_dim, action_dim, action_dim
-        self.chunk_size = self.n_action_steps = chunk_size
+        self.chunk_size, self.n_action_steps = chunk_size, n_action_steps or chunk_size
         self.num_denoising_steps = num_denoising_steps
         self.hidden_size, self.time_dim = hidden_size, 32
         width = chunk_size * action_dim
@@ -85,6 +90,18 @@ class FlowMLP(FlowPolicy):
         self.register_buffer("state_std", torch.ones(state_dim))
         self.register_buffer("action_mean", torch.zeros(action_dim))
         self.register_buffer("action_std", torch.ones(action_dim))
+
+    @property
+    def denoised_steps(self) -> int:
+        """The whole chunk."""
+        return self.chunk_size
+
+    @property
+    def step_size_layer(self) -> nn.Linear:
+        """Where the embedding of flow time enters."""
+        layer = self.trunk[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def train_only(self, groups: Collection[str]) -> None:
         """Let the modules of these GROUPS learn and freeze the others; raises ValueError on an unknown name."""
@@ -122,7 +139,7 @@ class FlowMLP(FlowPolicy):
 
     def velocity(self, context: Context, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         action, hidden = self._predict_action(context, x_t, time)
-        return (x_t - action) / time[:, None, None], hidden[:, None, :].expand(-1, self.n_action_steps, -1)
+        return (x_t - action) / time[:, None, None], hidden[:, None, :].expand(-1, self.chunk_size, -1)
 
     def _predict_action(self, context: Context, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The chunk (B, n, A) that x_t is on its way to, normalised, and the hidden layer (B, F)."""
@@ -154,6 +171,8 @@ class FlowMLP(FlowPolicy):
             "chunk_size": self.chunk_size, "num_denoising_steps": self.num_denoising_steps,
             "hidden_size": self.hidden_size,
         }  # fmt: skip
+        if self.n_action_steps != self.chunk_size:
+            config["n_action_steps"] = self.n_action_steps
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file({k: v.contiguous() for k, v in self._deployable_state().items()}, directory / "model.safetensors")
 
@@ -175,6 +194,7 @@ class FlowMLP(FlowPolicy):
         refuse_not_finite(weights.items(), str(file))
         policy = cls(**(config | settings))
         strict_load(policy._deployable_state(), weights, str(directory))
+        refold(directory, policy.step_size_layer, policy.num_denoising_steps, config["num_denoising_steps"])
         if not bool((policy.state_std > 0).all() and (policy.action_std > 0).all()):
             raise PolicyError(f"{file}: a std in its statistics is not above 0: use data in which everything moves")
         return policy.to(device).eval()
@@ -201,6 +221,8 @@ STORED = {
     "state_dim": 10_000, "action_dim": 1_000, "chunk_size": 1_000, "num_denoising_steps": 1_000, "hidden_size": 65_536,
 }  # fmt: skip
 """What config.json holds besides the type, and the largest value of each."""
+MAY_BE_STORED = {"n_action_steps": 1_000}
+"""Executed actions, where they are fewer than the chunk."""
 
 
 def read_sizes(directory: Path) -> dict[str, Any]:
@@ -212,9 +234,10 @@ def read_sizes(directory: Path) -> dict[str, Any]:
         raise PolicyError(f"{path} cannot be read ({error}): take another export") from error
     if not isinstance(config, dict) or config.pop("type", "") != "flow_mlp":
         raise PolicyError(f"{directory} holds no flow_mlp policy (config.json of that type)")
-    wrong = [name for name, most in STORED.items() if type(config.get(name)) is not int or not 0 < config[name] <= most]
-    if wrong or config.keys() - STORED.keys():
-        unknown = sorted(config.keys() - STORED.keys())
+    ranges = STORED | {name: most for name, most in MAY_BE_STORED.items() if name in config}
+    wrong = [name for name, most in ranges.items() if type(config.get(name)) is not int or not 0 < config[name] <= most]
+    if wrong or config.keys() - ranges.keys():
+        unknown = sorted(config.keys() - ranges.keys())
         raise PolicyError(f"{path}: {wrong or unknown} is missing, out of range or unknown: take another export")
     return config
 

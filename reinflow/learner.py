@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reinflow import ConfigError, UserError, ppo
 from reinflow.credit import Advantages, advantages_by_control_step, advantages_by_decision
-from reinflow.flow import ChainSpec, chain_log_prob, group_advantage, group_mask
+from reinflow.flow import ChainScore, ChainSpec, chain_log_prob, group_advantage, group_mask
 from reinflow.natural import NaturalGradient
 from reinflow.policy import Context, FlowPolicy
 from reinflow.rollout import CreditPer, RolloutBuffer
@@ -64,11 +64,12 @@ class RolloutBatch:
     """A flattened rollout, B = T * N decisions."""
 
     context: Context
-    chain: Tensor  # (B, K+1, n, D)
+    chain: Tensor  # (B, K+1, C, D)
     log_prob: Tensor  # (B, G)
     mask: Tensor  # (B, G) bool
     advantage: Tensor  # (B,) or (B, G), normalised over the rollout
-    anchor: Tensor  # (B, K', n, A) denoising steps of the starting policy; (B, 0) without an anchor
+    anchor: Tensor  # (B, K', C, A) denoising steps of the starting policy; (B, 0) without an anchor
+    noisy: Tensor | None = None  # (B, K') denoising steps that drew noise
 
     def __len__(self) -> int:
         return len(self.advantage)
@@ -76,7 +77,13 @@ class RolloutBatch:
     def __getitem__(self, rows: Tensor) -> RolloutBatch:
         context = {name: tensor[rows] for name, tensor in self.context.items()}
         rest = (self.chain, self.log_prob, self.mask, self.advantage, self.anchor)
-        return RolloutBatch(context, *(tensor[rows] for tensor in rest))
+        noisy = None if self.noisy is None else self.noisy[rows]
+        chain, log_prob, mask, advantage, anchor = (tensor[rows] for tensor in rest)
+        return RolloutBatch(context, chain, log_prob, mask, advantage, anchor, noisy)
+
+    def score(self, policy: FlowPolicy, spec: ChainSpec) -> ChainScore:
+        """Of these chains under the current weights, with gradient."""
+        return chain_log_prob(policy, self.context, self.chain, spec, self.noisy)
 
 
 def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -221,6 +228,7 @@ class PPOLearner:
             mask=mask,
             advantage=ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else valid),
             anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
+            noisy=None if buffer.noisy is None else buffer.noisy.flatten(0, 1),
         )
         return data if bool(valid.all()) else data[valid.nonzero().flatten().cpu()]
 
@@ -231,7 +239,7 @@ class PPOLearner:
         """
         size = min(self.settings.minibatch_size, len(data))
         part = data[torch.linspace(0, len(data) - 1, size).long()]  # spread over the rollout
-        new_log_prob = chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob.detach()
+        new_log_prob = part.score(self.policy, self.spec).log_prob.detach()
         error = (new_log_prob - part.log_prob).exp().sub(1).abs().max().item()
         # A log-prob of -500 has steps of 6e-5 in fp32, and a GPU sums a batch of another shape in another order.
         tolerance = max(RATIO_TOLERANCE, 8 * torch.finfo(torch.float32).eps * part.log_prob.abs().max().item())
@@ -241,7 +249,7 @@ class PPOLearner:
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
         total = data.log_prob[:size].sum(1).mean().item()
         if self.spec.reduction == "mean":
-            total *= (self.spec.num_denoising_steps + 1) * coordinates / len(self.spec.noisy_steps())
+            total *= (self.spec.num_denoising_steps + 1) * coordinates / self.spec.num_noisy_steps
         return {
             "ppo/ratio_error_before_update": error,
             "logprob/per_dimension": total / coordinates,
@@ -253,8 +261,7 @@ class PPOLearner:
     def _rescore(self, data: RolloutBatch) -> None:
         """Old log-probs by the update's own minibatches: a sum in bf16 or TF32 rounds by the shape of its batch."""
         parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
-        scores = [chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob for part in parts]
-        data.log_prob = torch.cat(scores)
+        data.log_prob = torch.cat([part.score(self.policy, self.spec).log_prob for part in parts])
 
     def _name_the_cause(self, error: float, new: Tensor, part: RolloutBatch) -> str:
         old = part.log_prob
@@ -342,7 +349,7 @@ class PPOLearner:
         for part_rows in rows.split(s.minibatch_size):
             part = data[part_rows]
             weight = part.mask.sum() / active_groups  # parts then add up to the full batch's mean
-            score = chain_log_prob(self.policy, part.context, part.chain, self.spec)
+            score = part.score(self.policy, self.spec)
             loss, info = ppo.policy_loss(score.log_prob, part.log_prob, part.advantage, s.clip_epsilon, part.mask)
             entropy = score.entropy.mean()
             loss = loss - s.entropy_coeff * entropy
@@ -367,7 +374,7 @@ class PPOLearner:
         now = self._snapshot()
         self._restore(weights)
         parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
-        means = [chain_log_prob(self.policy, part.context, part.chain, self.spec).mean for part in parts]
+        means = [part.score(self.policy, self.spec).mean for part in parts]
         self._restore(now)
         return torch.cat(means)
 
@@ -375,7 +382,7 @@ class PPOLearner:
     def _measure_kl(self, data: RolloutBatch) -> float:
         """approx_kl of the current weights against the acting ones."""
         parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
-        scores = [chain_log_prob(self.policy, part.context, part.chain, self.spec).log_prob for part in parts]
+        scores = [part.score(self.policy, self.spec).log_prob for part in parts]
         return float(ppo.approx_kl(torch.cat(scores), data.log_prob, data.mask))
 
     def _snapshot(self) -> list[Tensor]:

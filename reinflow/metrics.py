@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 METRICS: dict[str, str] = {
     "progress/iteration": "Iterations completed; the x axis of every other metric.",
     "progress/episodes": "Training episodes completed.",
+    "progress/timesteps": "Control steps of the training's episodes.",
     "rollout/episodes_broken": "Episodes lost to unstable physics, or to a reward or observation that is not finite.",
     "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
     "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Purpose = Literal["x_0", "exploration"]
-PURPOSES: tuple[Purpose, ...] = ("x_0", "exploration")
+Purpose = Literal["x_0", "exploration", "noisy_step"]
+PURPOSES: tuple[Purpose, ...] = ("x_0", "exploration", "noisy_step")
 
 
 def episode_noise(
@@ -46,3 +46,9 @@ def episode_noise(
         philox.state = state
         generator.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(rows).view(len(seeds), *shape).to(device)
+
+
+def episode_choice(seeds: Sequence[int], decisions: Sequence[int], among: int, purpose: Purpose) -> Tensor:
+    """Whole numbers from 0 to ``among`` - 1 with equal chances, (N,) int64; what they depend on as in episode_noise."""
+    normal = episode_noise(seeds, decisions, (1,), purpose)[:, 0].double()
+    return (torch.special.ndtr(normal) * among).long().clamp(max=among - 1)

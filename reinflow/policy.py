@@ -37,6 +37,16 @@ class FlowPolicy(nn.Module, ABC):
     critic: ReinFlowCritic
 
     @property
+    def denoised_steps(self) -> int:
+        """C, the actions that are denoised: the executed ones, or more where these depend on the rest."""
+        return self.n_action_steps
+
+    @property
+    def step_size_layer(self) -> nn.Linear:
+        """The layer that the size of a denoising step is told to, for shortcut models (reinflow/step_size.py)."""
+        raise PolicyError(f"{type(self).__name__} has no place for a step size: use a flow_mlp or a SmolVLA")
+
+    @property
     def device(self) -> torch.device:
         """Where the policy runs."""
         return self.noise_mlp.sigma_min.device

@@ -15,7 +15,7 @@ from torch import Tensor
 from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation, take_rows
 from reinflow.evaluate import Act
 from reinflow.flow import ChainSample, ChainSpec, sample_chain
-from reinflow.noise import episode_noise
+from reinflow.noise import episode_choice, episode_noise
 from reinflow.policy import Context, FlowPolicy
 from reinflow.ppo import ReturnNormalizer
 from reinflow.seeds import TrainingSeeds
@@ -30,7 +30,7 @@ class RolloutBuffer:
     """T chunk steps of N environments; every tensor starts with [T, N]."""
 
     context: Context  # each (T, N, ...)
-    chain: Tensor  # (T, N, K+1, n, D)
+    chain: Tensor  # (T, N, K+1, C, D)
     log_prob: Tensor  # (T, N, G) at sampling time
     active: Tensor  # (T, N, n) bool, control steps executed before the episode's end; none of a broken episode
     value: Tensor  # (T, N) in return units
@@ -39,6 +39,7 @@ class RolloutBuffer:
     discount: Tensor  # (T, N) gamma**tau
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
+    noisy: Tensor | None = None  # (T, N, K') denoising steps that drew noise; None: those of the ChainSpec
     # Inside the chunks, with RolloutSettings(credit="control_step"). S: length of the simulator's privileged state.
     states: Tensor | None = None  # (T, N, n+1, S) before each control step and after the last; 0 after the end
     step_reward: Tensor | None = None  # (T, N, n)
@@ -61,6 +62,7 @@ class RolloutInfo:
     episodes: list[EpisodeStats]  # that ended in it
     seconds_env: float
     seconds_policy: float
+    objective: Literal["success", "return"] = "success"  # of the environment
 
     def metrics(self) -> dict[str, float]:
         """Means over the episodes that ended, by the names of reinflow.metrics."""
@@ -74,8 +76,9 @@ class RolloutInfo:
         if not sound:
             return metrics
         returns = [e.return_ for e in sound]
+        if self.objective == "success":
+            metrics["rollout/success_rate"] = float(np.mean([e.success for e in sound]))
         metrics |= {
-            "rollout/success_rate": float(np.mean([e.success for e in sound])),
             "rollout/return_mean": float(np.mean(returns)),
             "rollout/return_std": float(np.std(returns)),
             "rollout/episode_length": float(np.mean([e.length for e in sound])),
@@ -233,6 +236,7 @@ def collect_rollout(
         rows.append({
             "chain": sample.chain,
             "log_prob": sample.log_prob,
+            "noisy": sample.noisy,
             "active": torch.as_tensor(result.active),
             "value": normalizer.denormalize(policy.value(current.context)),
             "next_value": _next_value(policy, following, result, normalizer, settings),
@@ -249,7 +253,8 @@ def collect_rollout(
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     seconds_policy = time.perf_counter() - start - seconds_env
-    return RolloutBuffer(context=contexts, **stacked), RolloutInfo(episodes, seconds_env, seconds_policy), current
+    info = RolloutInfo(episodes, seconds_env, seconds_policy, env.objective)
+    return RolloutBuffer(context=contexts, **stacked), info, current
 
 
 def _mask_broken(rows: list[dict[str, Tensor]], played: NDArray[np.int64], broken: set[int]) -> None:
@@ -304,13 +309,16 @@ def act(
         explore: with the policy's exploration noise.
     """
     n = policy.n_action_steps
-    x_0 = episode_noise(seeds, decisions, (n, policy.padded_action_dim), "x_0", policy.device)
-    noise = None
+    x_0 = episode_noise(seeds, decisions, (policy.denoised_steps, policy.padded_action_dim), "x_0", policy.device)
+    noise = noisy = None
     if explore:
         shape = spec.noise_shape(n, policy.action_dim)
         noise = episode_noise(seeds, decisions, shape, "exploration", policy.device)
-    sample = sample_chain(policy, context, spec, x_0, noise)
-    return sample, policy.postprocess(sample.chain[:, -1, :, : policy.action_dim])
+        if spec.chain_noise == "flow_sde":
+            chosen = episode_choice(seeds, decisions, spec.num_denoising_steps, "noisy_step")
+            noisy = chosen[:, None].to(policy.device)
+    sample = sample_chain(policy, context, spec, x_0, noise, noisy)
+    return sample, policy.postprocess(sample.chain[:, -1, :n, : policy.action_dim])
 
 
 def whole_tiles(n: int) -> NDArray[np.int64]:

@@ -34,7 +34,7 @@ from reinflow.policy import FlowPolicy
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
 from reinflow.settings import CONFIG_FILE, check_same_settings, read_config, refuse_existing_run
-from reinflow.tracking import Tracker, WandbMode, open_tracker
+from reinflow.tracking import Counted, Tracker, WandbMode, open_tracker
 from reinflow.training_state import CheckpointError, refuse_not_finite, rng_state, set_rng_state
 
 
@@ -43,6 +43,7 @@ class RunSettings:
     """How long a run goes on and what it leaves behind; intervals count episodes, rounded up to whole iterations."""
 
     num_episodes: int = 20_000
+    total_timesteps: int = 0  # control steps, instead of num_episodes; 0 counts episodes
     max_minutes: float = 0.0  # of this process; 0 is no limit
     save_interval: int = 10
     keep_checkpoints: int = 3
@@ -64,6 +65,7 @@ class RunSettings:
 
 
 FAULTS_IN_A_ROW = 3
+LEAST_SCORE = -1e9
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:
@@ -150,8 +152,8 @@ class Run:
         self.policy_card, self.resume_command = dict(policy_card or {}), resume_command
         self.start_weights = start_weights
         self.seeds = settings.training_seeds
-        self.iteration = self.episodes = 0
-        self.best_success = -1.0
+        self.iteration = self.episodes = self.timesteps = 0
+        self.best_success = LEAST_SCORE  # or the best mean return, where that is the objective
         self.metrics: dict[str, float] = {}
         self.current: RolloutState
         self.tracker: Tracker
@@ -160,7 +162,7 @@ class Run:
         self.stop_requested = False
         self.fault = ""  # why the run cannot go on, once it has shown so FAULTS_IN_A_ROW times in a row
         self._faults: dict[str, int] = {}
-        self._saved_at = self._logged_at = self._heard = 0
+        self._saved_at = self._logged_at = self._heard = self._saved_iteration = 0
         self._unlogged: list[dict[str, float]] = []
         self._iteration_start = time.perf_counter()
 
@@ -227,8 +229,10 @@ class Run:
         self.policy.load_trainable_state(tensors["policy"])
         self.learner.load_state_dict(state)
         self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.timesteps = state.get("timesteps", 0)
         self.best_success, self.wandb_id = state["best_success"], state["wandb_id"]
         self._saved_at = self._logged_at = self.episodes
+        self._saved_iteration = self.iteration
         if "playing" in state:
             observation = self.env.set_state(state["env"])
             self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
@@ -241,7 +245,7 @@ class Run:
         set_rng_state(state["rng"])
         aside = set_aside(self.run_dir, self.iteration)
         if aside and not (self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST).exists():
-            self.best_success = -1.0  # the best one came later: the next evaluation is the best so far
+            self.best_success = LEAST_SCORE  # the best one came later: the next evaluation is the best so far
         self._write_config()
         self._open_sinks(resumed=self.iteration)
         self._say_what_is_resumed(stored, aside)
@@ -255,15 +259,16 @@ class Run:
         changes = [f"{k} {stored.get(k)} -> {v}" for k, v in self.config.items() if stored.get(k) != v]
         if changes:
             say(f"changed in {CONFIG_FILE}: {', '.join(changes)}")
-        if self.episodes >= self.settings.num_episodes:
-            say(f"all {self.settings.num_episodes:,} episodes are done; a larger number of episodes goes on")
+        if self.progress >= 1:
+            say(f"all {self.budget:,} {self.counted} are done; a larger number of {self.counted} goes on")
 
     def _open_sinks(self, resumed: int | None) -> None:
         self.tracker = open_tracker(
             self.run_dir,
             config=self.config,
-            num_episodes=self.settings.num_episodes,
-            episodes_done=self.episodes,
+            num_episodes=self.budget,
+            episodes_done=self.done,
+            counted=self.counted,
             wandb_mode=self.settings.wandb_mode,
             wandb_project=self.settings.wandb_project,
             wandb_run_id=self.wandb_id,
@@ -311,7 +316,7 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """Iteration numbers, from 1, until the episodes or the minutes are used up or a signal came."""
         started, minutes = time.monotonic(), self.settings.max_minutes
-        while self.episodes < self.settings.num_episodes and not self.stop_requested and not self.fault:
+        while self.progress < 1 and not self.stop_requested and not self.fault:
             self._iteration_start = time.perf_counter()
             self.iteration += 1
             self.metrics = {}
@@ -322,8 +327,23 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the episodes that are done."""
-        return self.episodes / self.settings.num_episodes
+        """Share of the episodes (or of the control steps) that are done."""
+        return self.done / self.budget
+
+    @property
+    def counted(self) -> Counted:
+        """What the run's length is counted in."""
+        return "timesteps" if self.settings.total_timesteps else "episodes"
+
+    @property
+    def budget(self) -> int:
+        """Episodes or control steps in all."""
+        return self.settings.total_timesteps or self.settings.num_episodes
+
+    @property
+    def done(self) -> int:
+        """Of these."""
+        return self.timesteps if self.settings.total_timesteps else self.episodes
 
     def log(self) -> None:
         """Metrics of this iteration to console, metrics.jsonl and wandb, once; the doctor reads them too."""
@@ -332,6 +352,7 @@ class Run:
         self._heard = self.iteration
         self.metrics |= {
             "progress/episodes": float(self.episodes),
+            "progress/timesteps": float(self.timesteps),
             "time/iteration": time.perf_counter() - self._iteration_start,
         }
         refused = self.metrics.get("ppo/steps_refused", 0.0) > 0
@@ -351,9 +372,11 @@ class Run:
         for finding in self.doctor.examine(self.iteration, merged):
             self.tracker.alert(finding.rule, str(finding), error=finding.severity == "error")
 
-    def count(self, episodes: Sequence[EpisodeStats]) -> None:
-        """Count the episodes that ended, and name the broken ones; too many of one environment in a row end the run."""
+    def count(self, episodes: Sequence[EpisodeStats], timesteps: int = 0) -> None:
+        """Count control steps and the episodes that ended, and name the broken ones; too many of one environment in a
+        row end the run."""
         self.episodes += len(episodes)
+        self.timesteps += timesteps
         for episode in episodes:
             if episode.broken:
                 self.tracker.message(
@@ -369,10 +392,11 @@ class Run:
             self.fault = f"{FAULTS_IN_A_ROW} {what} in a row: {remedy}"
 
     def keep_if_best(self, result: EvalResult) -> None:
-        """Save and mark the best checkpoint: the last one within a standard error of the highest success so far, since
-        what chance adds to a few hundred episodes must not cost training."""
-        if result.success_rate + result.standard_error >= self.best_success:
-            self.best_success = max(self.best_success, result.success_rate)
+        """Save and mark the best checkpoint: the last one within a standard error of the highest success so far (or
+        mean return, where that is the environment's objective), since what chance adds to a few hundred episodes must
+        not cost training."""
+        if result.score + result.standard_error >= self.best_success:
+            self.best_success = max(self.best_success, result.score)
             self.log()
             self.save()
             checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
@@ -390,6 +414,7 @@ class Run:
         state = self.learner.state_dict() | {
             "iteration": self.iteration,
             "episodes": self.episodes,
+            "timesteps": self.timesteps,
             "best_success": self.best_success,
             "wandb_id": self.wandb_id,
             "start_weights": self.start_weights,
@@ -406,7 +431,7 @@ class Run:
             raise CheckpointError(f"nothing was saved: {error}, with smaller steps: {self.resume_command}") from error
         checkpoint.save_checkpoint(self.run_dir, self.iteration, self._write_policy, tensors, state, make_root=False)
         checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)
-        self._saved_at = self.episodes
+        self._saved_at, self._saved_iteration = self.episodes, self.iteration
 
     def _write_policy(self, directory: Path) -> None:
         self.policy.save_pretrained(directory)
@@ -419,16 +444,17 @@ class Run:
         """Log and save where the loop ended; say where the policy is, and how to go on."""
         if self._unlogged:
             self._log_interval()
-        if self._saved_at < self.episodes:
+        if self._saved_at < self.episodes or self._saved_iteration < self.iteration:
             self.save()
         if self.fault:
             raise RunError(f"stopped after iteration {self.iteration}, which is saved: {self.fault}")
         if self.stop_requested:
-            self.tracker.message(f"stopped at {self.episodes} episodes; go on with: {self.resume_command}")
+            self.tracker.message(f"stopped at {self.done} {self.counted}; go on with: {self.resume_command}")
         else:
             best = self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST
             kept = best if best.exists() else best.with_name(checkpoint.LAST)
-            self.tracker.message(f"finished {self.episodes} episodes; the policy is in {kept / checkpoint.PRETRAINED}")
+            where = kept / checkpoint.PRETRAINED
+            self.tracker.message(f"finished {self.done} {self.counted}; the policy is in {where}")
 
     def load_best(self) -> None:
         """Give the policy the weights of the best checkpoint, if there is one."""

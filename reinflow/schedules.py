@@ -47,6 +47,7 @@ def noise_bounds(
     schedule: NoiseSchedule,
     decay_start: float,
     decay_ratio: float,
+    decay_end: float = 1.0,
 ) -> tuple[float, float]:
     """Bounds of the exploration noise's std after a fraction ``progress`` of training.
 
@@ -54,7 +55,8 @@ def noise_bounds(
       ``sigma_max * decay_ratio``, the end that the hyperparameter reference (seeds/000) defines. The official code
       ends at ``sigma_min + 0.7 * (sigma_max - sigma_min)`` instead: for .25-.50 that is .425, here .35.
     * ``linear``: ``sigma_max * (1 - p) + sigma_min * p``; ``exponential``: ``sigma_min + (sigma_max - sigma_min) *
-      exp(-3 p)`` (both of the rlft pipeline, seeds/004). ``decay_start`` and ``decay_ratio`` do not apply to them.
+      exp(-3 p)`` (both of the rlft pipeline, seeds/004), p the share of ``decay_end`` that is done. ``decay_start`` and
+      ``decay_ratio`` do not apply to them, ``decay_end`` not to the others.
     * ``constant``: sigma_max.
 
     Args:
@@ -64,6 +66,7 @@ def noise_bounds(
         schedule: one of the four above.
         decay_start: fraction of training to hold sigma_max; 1 = never decay.
         decay_ratio: final sigma_max as a fraction of the first.
+        decay_end: fraction of training after which linear and exponential stay where they are.
 
     Returns:
         ``(sigma_min, current sigma_max)`` with sigma_min <= current sigma_max <= sigma_max.
@@ -74,15 +77,16 @@ def noise_bounds(
     if not 0.0 < sigma_min <= sigma_max:
         raise ValueError(f"noise bounds must satisfy 0 < sigma_min <= sigma_max, got {sigma_min}, {sigma_max}")
     progress = min(max(progress, 0.0), 1.0)
+    fallen = min(progress / decay_end, 1.0)
     match schedule:
         case "hold_cosine":
             current = _hold_cosine(progress, sigma_max, decay_start, decay_ratio)
         case "constant":
             current = sigma_max
         case "linear":
-            current = sigma_max * (1.0 - progress) + sigma_min * progress
+            current = sigma_max * (1.0 - fallen) + sigma_min * fallen
         case "exponential":
-            current = sigma_min + (sigma_max - sigma_min) * math.exp(-3.0 * progress)
+            current = sigma_min + (sigma_max - sigma_min) * math.exp(-3.0 * fallen)
         case _:
             raise ValueError(f"unknown noise schedule {schedule!r}: choose one of {', '.join(get_args(NoiseSchedule))}")
     return sigma_min, min(max(current, sigma_min), sigma_max)

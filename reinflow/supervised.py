@@ -1,16 +1,21 @@
-"""The one supervised loop: AdamW, a linear warm-up and then a cosine to zero."""
+"""The one supervised loop: AdamW, a linear warm-up and then a cosine to zero; and what a killed one goes on from."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reinflow import UserError
+from reinflow import UserError, checkpoint
 from reinflow.schedules import warmup_cosine
+from reinflow.training_state import load_optimizer, rng_state, set_rng_state, strict_load
 
 
 class FitError(UserError, RuntimeError):
@@ -29,20 +34,111 @@ class FitSettings:
     grad_clip_norm: float = 1.0  # 0 is off
 
 
+class Progress:
+    """What a killed stage goes on from, in a directory of its own: the weights that move, optimiser, random states.
+
+    A checkpoint as in reinflow/checkpoint.py, without a policy: whole or not there, with checksums.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        modules: Mapping[str, nn.Module],
+        generators: Mapping[str, torch.Generator | np.random.Generator] | None = None,
+        every: int = 250,
+    ) -> None:
+        """Load what is there: modules and generators are then as after ``done`` steps.
+
+        Args:
+            directory: where it is kept.
+            modules: everything whose tensors change: the policy, averages of it, critics; by names for files.
+            generators: that batches and noise are drawn from; torch's own is kept too.
+            every: steps between savings.
+
+        Raises:
+            CheckpointError: what is there does not fit, or is damaged.
+        """
+        self.directory, self.modules, self.generators, self.every = directory, modules, generators or {}, every
+        self.done = 0  # steps
+        self._state: Mapping[str, Any] | None = None
+        if checkpoint.list_checkpoints(directory):
+            tensors, self._state = checkpoint.load_training_state(directory)
+            for name, module in modules.items():
+                strict_load(module.state_dict(), tensors[name], f"{name} in {directory}")
+            for name, generator in self.generators.items():
+                _set_generator(generator, self._state["generators"][name])
+            self.done = int(self._state["done"])
+
+    def restore(self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+        """Set the optimiser, its schedule and the random states to those after ``done`` steps."""
+        if self._state is None:
+            return
+        load_optimizer(optimizer, self._state["optimizer"], f"the optimiser in {self.directory}")
+        schedule.last_epoch = self.done
+        set_rng_state(self._state["rng"])
+        self._state = None
+
+    def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the state after ``step`` steps, and only that."""
+        state = {
+            "done": step,
+            "optimizer": optimizer.state_dict(),
+            "generators": {name: _generator_state(generator) for name, generator in self.generators.items()},
+            "rng": rng_state(),
+        }
+        tensors = {name: module.state_dict() for name, module in self.modules.items()}
+        checkpoint.save_checkpoint(self.directory, step, lambda _: None, tensors, state)
+        checkpoint.prune_checkpoints(self.directory, keep=1)
+        self.done = step
+
+    def remove(self) -> None:
+        """The stage is finished."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _generator_state(generator: torch.Generator | np.random.Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return {"state": _big_as_text(generator.bit_generator.state)}
+
+
+def _set_generator(generator: torch.Generator | np.random.Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = _text_as_big(state["state"])
+
+
+def _big_as_text(node: Any) -> Any:
+    """NumPy's 128-bit integers, which JSON readers elsewhere would round."""
+    if isinstance(node, Mapping):
+        return {name: _big_as_text(value) for name, value in node.items()}
+    return f"int:{node}" if type(node) is int else node
+
+
+def _text_as_big(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {name: _text_as_big(value) for name, value in node.items()}
+    return int(node.removeprefix("int:")) if isinstance(node, str) and node.startswith("int:") else node
+
+
 def fit(
     parameters: Sequence[nn.Parameter],
     loss: Callable[[], tuple[Tensor, Mapping[str, float]]],
     settings: FitSettings,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Descend; the loop's body evaluates and saves between the steps.
+    """Descend; the loop's body averages, evaluates and saves between the steps.
 
     Args:
         parameters: what learns.
         loss: draws a batch; its loss with a graph, and figures to report.
         settings: of the descent.
+        progress: what to go on from, and where to keep it: every so many steps after the loop's body.
 
     Yields:
-        After every optimiser step its number, from 1, and the figures with "loss" among them.
+        After every optimiser step its number, from 1 or from the one after ``progress.done``, and the figures with
+        "loss", "grad_norm" (before clipping) and "lr" among them.
 
     Raises:
         FitError: a loss or its gradient is not finite; the weights are those before its step.
@@ -51,15 +147,21 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, settings.steps)
     )
-    for step in range(1, settings.steps + 1):
+    if progress:
+        progress.restore(optimizer, schedule)
+    for step in range(progress.done + 1 if progress else 1, settings.steps + 1):
         value, info = loss()
         if not bool(torch.isfinite(value.detach())):
             raise FitError(f"the loss is not finite at step {step}: lower lr={settings.lr}")
         optimizer.zero_grad()
         value.backward()
         limit = settings.grad_clip_norm if settings.grad_clip_norm > 0 else math.inf
-        if not bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit))):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not bool(torch.isfinite(norm)):
             raise FitError(f"the gradient is not finite at step {step}: lower lr={settings.lr}")
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
-        yield step, {**info, "loss": float(value.detach())}
+        yield step, {**info, "loss": float(value.detach()), "grad_norm": float(norm), "lr": lr}
+        if progress and step % progress.every == 0 and step < settings.steps:
+            progress.save(step, optimizer)

@@ -27,6 +27,9 @@ WandbMode = Literal["auto", "online", "offline", "off"]
 WANDB_START_S, WANDB_REACH_S = 60, 10  # limits on its start and its end, and on finding its server
 
 
+Counted = Literal["episodes", "timesteps"]
+
+
 class Sink:
     """Where metrics go; this one drops them."""
 
@@ -49,8 +52,9 @@ class Sink:
 class PlainConsole(Sink):
     """One readable line per iteration, for logs and pipes."""
 
-    def __init__(self, console: Console, num_episodes: int, episodes_done: int) -> None:
+    def __init__(self, console: Console, num_episodes: int, episodes_done: int, counted: Counted = "episodes") -> None:
         self.console, self.num_episodes, self.first_episode = console, num_episodes, episodes_done
+        self.counted = counted
         self.start: float | None = None
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -67,7 +71,7 @@ class PlainConsole(Sink):
     def _line(self, metrics: Mapping[str, float]) -> str:
         parts = [f"iteration {metrics['progress/iteration']:.0f}"]
         for name, template in (
-            ("progress/episodes", f"episodes {{:,.0f}}/{self.num_episodes:,}"),
+            (f"progress/{self.counted}", f"{self.counted} {{:,.0f}}/{self.num_episodes:,}"),
             ("rollout/success_rate", "success {:.1%}"),
             ("rollout/return_mean", "return {:.2f}"),
             ("ppo/approx_kl", "KL {:.4f}"),
@@ -80,11 +84,13 @@ class PlainConsole(Sink):
                 parts.append(template.format(metrics[name]))
         if "loss/value" in metrics and "loss/policy" not in metrics:
             parts.append("critic warm-up")
-        if "progress/episodes" in metrics:
-            parts.append(f"ETA {self._eta(metrics['progress/episodes'])}")
+        if (done := metrics.get(f"progress/{self.counted}")) is not None:
+            parts.append(f"ETA {self._eta(done)}")
         if {"eval/success_rate", "eval/ci_low", "eval/ci_high"} <= metrics.keys():
             rate, low, high = (metrics[f"eval/{name}"] for name in ("success_rate", "ci_low", "ci_high"))
             parts.append(f"eval {rate:.1%} [{low:.1%}, {high:.1%}]")
+        elif "eval/return_mean" in metrics:
+            parts.append(f"eval return {metrics['eval/return_mean']:.1f}")
         return "  ".join(parts)
 
     def _eta(self, episodes: float) -> str:
@@ -99,10 +105,10 @@ class PlainConsole(Sink):
 class LiveConsole(PlainConsole):
     """The same lines above a live bar: episodes, success, KL, elapsed and remaining time."""
 
-    def __init__(self, console: Console, num_episodes: int, episodes_done: int) -> None:
-        super().__init__(console, num_episodes, episodes_done)
+    def __init__(self, console: Console, num_episodes: int, episodes_done: int, counted: Counted = "episodes") -> None:
+        super().__init__(console, num_episodes, episodes_done, counted)
         self.bar = Progress(
-            TextColumn("episodes"), MofNCompleteColumn(), BarColumn(bar_width=None),
+            TextColumn(counted), MofNCompleteColumn(), BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
             console=console, speed_estimate_period=300,
         )  # fmt: skip
@@ -122,7 +128,7 @@ class LiveConsole(PlainConsole):
         ):
             if name in metrics:
                 self.status[label] = template.format(metrics[name])
-        self.progress(int(metrics.get("progress/episodes", self.bar.tasks[0].completed)))
+        self.progress(int(metrics.get(f"progress/{self.counted}", self.bar.tasks[0].completed)))
 
     def progress(self, episodes: int) -> None:
         self.bar.update(self.task, completed=episodes, status=self._status())
@@ -313,6 +319,7 @@ def open_tracker(
     config: Mapping[str, Any],
     num_episodes: int,
     episodes_done: int,
+    counted: Counted = "episodes",
     wandb_mode: WandbMode,
     wandb_project: str,
     wandb_run_id: str | None,
@@ -325,8 +332,9 @@ def open_tracker(
     Args:
         run_dir: run directory; made if missing.
         config: JSON-able settings, shown by Weights & Biases.
-        num_episodes: training episodes in all.
+        num_episodes: training episodes (or control steps, by ``counted``) in all.
         episodes_done: of these, done before this session.
+        counted: what the run's length is counted in.
         wandb_mode: "online", "offline" (kept in run_dir, for `wandb sync`), "off" (wandb is not imported) or "auto".
         wandb_project: its project.
         wandb_run_id: run to go on with; None starts one. Save ``Tracker.wandb_run_id`` in checkpoints.
@@ -351,4 +359,4 @@ def open_tracker(
     jsonl = JsonlSink(run_dir, resumed_iteration)
     # The live bar last: it must not be drawn when another sink fails to start.
     style = LiveConsole if console.is_terminal else PlainConsole
-    return Tracker([wandb_sink, jsonl, style(console, num_episodes, episodes_done)], wandb_run_id, extras)
+    return Tracker([wandb_sink, jsonl, style(console, num_episodes, episodes_done, counted)], wandb_run_id, extras)

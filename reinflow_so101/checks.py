@@ -49,6 +49,8 @@ def _environment(c: FlatConfig) -> Iterator[str]:
 
 
 def _contradictions(c: FlatConfig) -> Iterator[str]:
+    if c.chain_noise == "flow_sde" and c.noise_last_step_only:
+        yield "noise_last_step_only contradicts chain_noise=flow_sde, which draws the noisy step: drop one"
     if c.sigma_min > c.sigma_max:
         yield f"sigma_min={c.sigma_min} exceeds sigma_max={c.sigma_max}: swap them, or make them equal for fixed noise"
     if c.policy_optimizer == "natural" and c.target_kl == 0:
@@ -80,7 +82,7 @@ def _sizes(c: FlatConfig) -> Iterator[str]:
             f"gradient_accumulation_steps={c.gradient_accumulation_steps} x minibatch_size={c.minibatch_size} needs "
             f"{batch} decisions, a rollout has {c.decisions_per_iteration}: raise episodes_per_iteration or lower one"
         )
-    if c.episodes_per_iteration < c.num_parallel_envs:
+    if c.episodes_per_iteration < c.num_parallel_envs and not c.rollout_steps:
         yield (
             f"episodes_per_iteration={c.episodes_per_iteration} is below num_parallel_envs={c.num_parallel_envs}: "
             "every environment plays at least one episode per rollout"
@@ -149,11 +151,6 @@ def _flow_mlp(c: FlatConfig) -> Iterator[str]:
             f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "
             "--preset flow_mlp and name the policy by flow_mlp_pretrained_path"
         )
-    if c.n_action_steps != c.chunk_size and c.n_action_steps and c.chunk_size:
-        yield (
-            f"n_action_steps={c.n_action_steps} is not chunk_size={c.chunk_size}: a flow_mlp's layers are as wide as "
-            "its chunk, it executes all that it predicts; make one of that width with reinflow-sft-mlp --chunk-size"
-        )
     if c.train_time_mlp != c.train_full_expert:
         yield (
             f"train_time_mlp={c.train_time_mlp} but train_full_expert={c.train_full_expert}: a flow_mlp embeds flow "
@@ -184,4 +181,18 @@ def _pi0(c: FlatConfig) -> Iterator[str]:
         yield f"peft_rank={c.peft_rank} adapts the expert, which train_full_expert=False freezes: set one of them"
 
 
-CHECKS = (_contradictions, _sizes, _environment, _credit, _seeds, _models, _flow_mlp, _pi0)
+def _gym(c: FlatConfig) -> Iterator[str]:
+    """Fields that a Gymnasium environment does not read, and what it needs."""
+    if not c.env_id:
+        return
+    if c.model_type != "flow_mlp":
+        yield f"env_id={c.env_id} is seen by its state, model_type={c.model_type} by images: use model_type=flow_mlp"
+    if c.credit != "decision":
+        yield f"credit={c.credit} needs the arm's simulator state: drop it with env_id={c.env_id}"
+    unread = ("use_subproc_env", "render", "control_hz", "rename_map", "calibration")
+    for name in unread:
+        if getattr(c, name):
+            yield f"{name} is of the arm and not read with env_id={c.env_id}: drop it"
+
+
+CHECKS = (_contradictions, _sizes, _environment, _credit, _seeds, _models, _flow_mlp, _pi0, _gym)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CHANGEABLE_ON_RESUME = {
-    "num_episodes", "max_minutes", "output_dir", "resume", "checkpoint_path", "save_interval", "keep_checkpoints",
+    "num_episodes", "total_timesteps", "max_minutes", "output_dir", "resume", "checkpoint_path", "save_interval",
+    "keep_checkpoints",
     "log_interval", "wandb_enabled", "wandb_mode", "render", "headless", "num_threads", "report_episodes", "device",
     "prefix_cache", "prefix_cache_gb", "compile_expert",
 }  # fmt: skip
@@ -35,7 +36,7 @@ WAYS = {"resume", "output_dir", "checkpoint_path"}  # how a run is opened: not t
 SMOKE = {  # the sizes of --smoke: every stage of a training once, of any preset
     "num_episodes": 4, "episodes_per_iteration": 2, "num_parallel_envs": 2, "minibatch_size": 2,
     "gradient_accumulation_steps": 1, "critic_warmup_iters": 1, "eval_interval": 2, "eval_episodes": 2,
-    "report_episodes": 2,
+    "report_episodes": 2, "total_timesteps": 0, "rollout_steps": 0,
 }  # fmt: skip
 
 
@@ -166,6 +167,10 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
         return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
     start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
     start = dataclasses.replace(start, **_task(argv, start, bool(file)))
+    if flag_value(
+        argv, "--episodes", "--num-episodes", "--num_episodes"
+    ):  # it says how long, whatever the preset counts
+        start = dataclasses.replace(start, total_timesteps=0)
     return dataclasses.replace(start, **(SMOKE if "--smoke" in argv else {}))
 
 
@@ -178,10 +183,13 @@ def _task(argv: Sequence[str], start: Any, of_file: bool) -> dict[str, Any]:
     """The settings of the environment: of the task that --task names, else of the one that a named policy was made for,
     else the preset's or the file's own."""
     from reinflow_so101.policy_card import env_of_task, known_env
+    from reinflow_so101.worlds import gym_world
     from so101_sim.tasks.registry import describe, how_to_choose, nearest_task, task_env
 
     task = flag_value(argv, "--task")
     directory = None if of_file and not task else _named_policy(argv, start)
+    if directory and (world := gym_world(directory)):
+        return {"env_id": world.env_id, "max_steps_per_episode": world.max_steps_per_episode, "chunks_per_episode": 0}
     known = known_env(directory) if directory else None
     if task:
         env = env_of_task(directory, task) if directory else task_env(task)

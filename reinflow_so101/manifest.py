@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from reinflow_so101.checks import FlatConfig
-from so101_sim.tasks.registry import describe
+from reinflow_so101.worlds import say_world
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,11 +31,15 @@ def manifest(policy: FlowPolicy, config: FlatConfig) -> str:
             f"plain LeRobot holds {_count(policy.rounded)} of what trains in bf16: they act as that from here on, over "
             "fp32 masters, so that it runs what is trained"
         )
-    env = config.env()
+    rate, task = f", {config.control_hz or 50:g} a second", f"task: {say_world(config.world())}"
+    if config.env_id:
+        rate = ""
+    else:
+        task += f', told "{config.instruction}", reward {config.reward_mode}'
     lines += [
         f"actions: {config.chunk_size} predicted, {config.n_action_steps} executed, {config.chunks_per_episode} times "
-        f"an episode, {env.control_hz or 50:g} a second; {config.num_denoising_steps} denoising steps, exported too",
-        f'task: {describe(env)}, told "{config.instruction}", reward {config.reward_mode}',
+        f"an episode{rate}; {config.num_denoising_steps} denoising steps, exported too",
+        task,
     ]
     if config.preset in DOCUMENTED:
         lines.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,9 @@ from reinflow_so101.command_line import (
 )
 from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, Entrance, enter
 from reinflow_so101.policy_card import known_env
+from reinflow_so101.worlds import check_world, gym_world, make_world, world_card
 from reinflow_vla.directory import brings_its_backbone
+from so101_sim.cores import usable_cores
 from so101_sim.tasks.registry import describe, how_to_choose, nearest_task
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
@@ -84,11 +85,12 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
 
         config, changes = auto_scale(config)
         print(changes)
-    if config.image_size:
+    if config.image_size and not config.env_id:
         check_scene(config.env())
     start = _start_policy(config, chosen)
     config = settle(config, start.policy, DoorSettings() if start.is_copy else None)
-    check_scene(config.env())
+    if not config.env_id:
+        check_scene(config.env())
     return config, start
 
 
@@ -105,13 +107,17 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
 
         sizes = read_sizes(directory)
         chunk, steps = sizes["chunk_size"], sizes["num_denoising_steps"]
-        entrance = Entrance(directory, chunk_size=chunk, n_action_steps=chunk, num_denoising_steps=steps)
+        executed = sizes.get("n_action_steps", chunk)
+        entrance = Entrance(directory, chunk_size=chunk, n_action_steps=executed, num_denoising_steps=steps)
+        if config.env_id:
+            check_world(config.world(), sizes["state_dim"], sizes["action_dim"], directory)
     else:
         entrance = enter(directory, door or cut(config, DoorSettings), config.cameras)
     if entrance.problems:
         raise ConfigError("; ".join(entrance.problems))
     config = _filled(config, entrance)
-    _compare_task(config, entrance)
+    if not config.env_id:
+        _compare_task(config, entrance)
     if brings_its_backbone(directory):
         entrance.lines.append(
             "checkpoints bring their backbone's folder along; for LeRobot's own commands write a copy with its "
@@ -124,6 +130,10 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
 
 def _compare_task(config: FlatConfig, entrance: Entrance) -> None:
     """A line where the policy was made for another task than the one played, or says of none."""
+    if elsewhere := gym_world(entrance.source):
+        raise ConfigError(
+            f"{entrance.source} acts in {elsewhere.env_id}: name it with --env-id {elsewhere.env_id}, or another policy"
+        )
     known, played = known_env(entrance.source), config.env()
     if known is None:
         entrance.lines.append(
@@ -178,8 +188,6 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
     from reinflow_so101.doctor_rules import RULES
     from reinflow_so101.manifest import manifest
     from reinflow_so101.policies import build_policy
-    from reinflow_so101.policy_card import policy_card
-    from so101_sim.vector.make import make_vector_env
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -190,15 +198,14 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
     policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
     config = replace(config, **policy.settled())
     learner = PPOLearner(policy, config.chain(), config.learner(), config.seed, config.rescore_log_probs)
-    env = make_vector_env(
-        config.env(), config.num_parallel_envs, "subproc" if config.use_subproc_env else "auto", viewer=config.render
-    )
-    cores = min(env.num_envs, os.cpu_count() or 1)
+    backend = "subproc" if config.use_subproc_env else "auto"
+    env = make_world(config.world(), config.num_parallel_envs, backend, viewer=config.render)
+    cores = min(env.num_envs, usable_cores())
     print(manifest(policy, config))
     print(f"policy on {device}, {torch.get_num_threads()} torch threads; {env.num_envs} environments on {cores} cores")
     run = Run(
         run_dir, policy, env, learner, config.run(), config_to_json(config),
-        rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=policy_card(config.env()),
+        rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=world_card(config.world()),
         start_weights=start.weights if start else "",
         resume_command=f"{this_command('reinflow-train')} --resume --output-dir {run_dir}",
     )  # fmt: skip

@@ -259,6 +259,7 @@ def _build_flow_mlp(settings: PolicySettings, path: Path, _env: EnvConfig, _deci
         critic_hidden_size=settings.critic_hidden_size,
         sigma_min=settings.sigma_min,
         sigma_max=settings.sigma_max,
+        n_action_steps=settings.n_action_steps,
     )
     wanted = {
         "trunk": settings.train_full_expert,  # holds the time embedding: train_time_mlp goes with it (checks.py)
@@ -273,14 +274,8 @@ def _build_flow_mlp(settings: PolicySettings, path: Path, _env: EnvConfig, _deci
 def _load_flow_mlp(path: Path, acting: ActingSettings) -> FlowPolicy:
     from reinflow.flow_mlp import FlowMLP
 
-    policy = FlowMLP.from_pretrained(path, acting.device)
-    if acting.n_action_steps not in (0, policy.n_action_steps):
-        raise ConfigError(
-            f"n_action_steps={acting.n_action_steps}, but the layers of {path} are {policy.n_action_steps} steps "
-            "wide: leave it out"
-        )
-    policy.num_denoising_steps = acting.num_denoising_steps or policy.num_denoising_steps
-    return policy
+    asked = {name: getattr(acting, name) for name in ("num_denoising_steps", "n_action_steps")}
+    return FlowMLP.from_pretrained(path, acting.device, **{name: value for name, value in asked.items() if value})
 
 
 FAMILIES: dict[str, Family] = {

@@ -97,6 +97,8 @@ def env_of_task(policy_dir: Path, task: str) -> EnvConfig:
 def card_env(path: Path) -> EnvConfig:
     """The environment in a reinflow.json; raises ConfigError where it holds none, or what is no value of it."""
     stored = read_json(path).get("env")
+    if isinstance(stored, dict) and "env_id" in stored:
+        raise ConfigError(f"{path} is of the Gymnasium environment {stored['env_id']}: this needs a policy of the arm")
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(
             f"{path} holds no environment (env is {stored!r}): restore the file, or remove it and say --task"

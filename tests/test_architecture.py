@@ -22,6 +22,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
     {
         "so101_sim": {"torch", "lerobot", "transformers"},
         "reinflow_vla": {"mujoco", "gymnasium", "so101_mujoco_utils"},
+        "reinflow_gym": {"lerobot", "transformers", "so101_mujoco_utils"},
     },
     {
         "reinflow_smolvla": {"mujoco", "so101_sim", "so101_mujoco_utils"},

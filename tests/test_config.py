@@ -83,7 +83,11 @@ BAD = [
     ("noise_decay_ratio", {"noise_decay_ratio": 2.0}),
     ("flow_mlp_pretrained_path", {"flow_mlp_pretrained_path": "dir"}),
     ("pretrained_path", {"model_type": "flow_mlp", "pretrained_path": "dir"}),
-    ("n_action_steps", {"model_type": "flow_mlp", "n_action_steps": 25, "chunks_per_episode": 6}),
+    ("n_action_steps", {"model_type": "flow_mlp", "n_action_steps": 60, "chunks_per_episode": 3}),
+    ("env_id", {"env_id": "Hopper-v5"}),
+    ("credit", {"env_id": "Hopper-v5", "model_type": "flow_mlp", "credit": "control_step"}),
+    ("use_subproc_env", {"env_id": "Hopper-v5", "model_type": "flow_mlp", "use_subproc_env": True}),
+    ("chain_noise", {"chain_noise": "flow_sde", "noise_last_step_only": True, "num_denoising_steps": 4}),
     ("train_time_mlp", {"model_type": "flow_mlp", "train_time_mlp": False}),
 ]  # fmt: skip
 

@@ -27,6 +27,7 @@ from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
 from reinflow_so101.policy_card import TASK_GROUP, env_of_task, known_env, stored_env
+from reinflow_so101.worlds import gym_world, make_world, say_world
 from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
 from reinflow_vla.trust import no_remote_code
 from so101_sim.config import EnvConfig
@@ -78,7 +79,8 @@ class EvalConfig:
     task: str = ""
     """Named task to play, such as lift or lift_wide; empty takes the one that the policy was made for."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    """The environment: the task's, as the policy sees it; these flags override it."""
+    """The environment: the task's, as the policy sees it; these flags override it. Not read where the policy acts in a
+    Gymnasium environment, which its reinflow.json names."""
 
     @property
     def acting(self) -> ActingSettings:
@@ -166,14 +168,16 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from rich.console import Console
 
     from reinflow.evaluate import evaluate_seeds, write_eval_info
-    from so101_sim.vector.make import make_vector_env
 
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
+    if config.video and gym_world(policy_dir):
+        raise ConfigError("video shows the arm; the policy acts in a Gymnasium environment: leave it out")
     out.mkdir(parents=True, exist_ok=True)  # where nothing can be written nothing is played
-    make_env = partial(make_vector_env, config.env)
+    elsewhere = gym_world(policy_dir)
+    make_env = partial(make_world, elsewhere or config.env)
     try:
-        print(which_task(config, policy_dir))
+        print(f"task: {say_world(elsewhere)}" if elsewhere else which_task(config, policy_dir))
         act = make_actor(config, policy_dir)
         result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
     except BaseException:
@@ -231,7 +235,7 @@ def parse_args(argv: Sequence[str]) -> EvalConfig:
     """Flags; the environment's defaults come from the policy that --policy-path names."""
     path = flag_value(argv, "--policy-path", "--policy_path")
     task, env = flag_value(argv, "--task"), EnvConfig()
-    if path:
+    if path and not gym_world(find_policy(path)):
         env = env_of_task(find_policy(path), task) if task else stored_env(find_policy(path))
     default = EvalConfig(policy_path=tyro.MISSING, output_dir=tyro.MISSING, env=env)
     return tyro.cli(EvalConfig, args=list(argv), default=default, description=__doc__, prog="reinflow-eval")

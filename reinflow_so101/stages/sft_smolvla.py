@@ -13,6 +13,7 @@ tiny policy trained so does not learn to look. Speeds of both are in model/tiny_
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
 from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, RATE, SEED, Range, check_ranges
+from reinflow.stage import StageDirectory
 from reinflow_so101.door import DoorSettings, enter, read_rename_map
 from reinflow_so101.policies import FAMILIES
 from reinflow_so101.policy_card import CARD_FILE, as_seen_by, card_env, env_of_task, known_env, write_card
@@ -44,8 +46,6 @@ from reinflow_vla.directory import (
     CONFIG_FILE,
     OBS_IMAGES_PREFIX,
     read_json,
-    refuse_existing,
-    write_json,
 )
 from so101_mujoco_utils import CAMERA_NAMES
 from so101_sim.config import EnvConfig
@@ -117,6 +117,8 @@ class SftConfig:
     """Frames a second of the dataset, where they are not 50: the evaluation drives the arm at that rate."""
     seed: Annotated[int, SEED] = 0
     """Of batches and flow noise."""
+    resume: bool = False
+    """Go on with a fine-tuning that was cut off, from its last checkpoint."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -202,13 +204,20 @@ def _whole_data(config: SftConfig, directory: Path, every: int) -> Demonstration
 
 def finetune(config: SftConfig) -> dict[str, Any]:
     """Run the fine-tuning; returns the record of the last checkpoint."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+    with StageDirectory.open(config.output_dir, settings, config.resume, "reinflow-sft", "sft.json") as stage:
+        record = _finetune(config, stage)
+        stage.finish(record)
+    return record
+
+
+def _finetune(config: SftConfig, stage: StageDirectory) -> dict[str, Any]:
     import torch
     from rich.progress import track
 
-    from reinflow.supervised import FitSettings, fit
+    from reinflow.supervised import FitSettings, Progress, fit
     from reinflow_vla.smolvla_directory import load_smolvla
 
-    refuse_existing(config.output_dir)
     started = time.perf_counter()
     directory = FAMILIES["smolvla"].directory(str(config.policy_dir))
     every = int(read_json(directory / CONFIG_FILE).get("n_action_steps") or DECISION_STEPS)
@@ -226,10 +235,9 @@ def finetune(config: SftConfig) -> dict[str, Any]:
         f"{episodes} episodes of {data.lengths.min()} to {data.lengths.max()} frames, {len(data.images)} cameras, "
         f"ready after {time.perf_counter() - started:.0f} s\n{game.summary()}", flush=True,
     )  # fmt: skip
-    config.output_dir.mkdir(parents=True)
-    write_json(
-        config.output_dir / "sft.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
-    )
+    learned = {"policy": torch.nn.ParameterList(parameters)}
+    progress = Progress(stage.progress_dir, learned, {"batches": rng}, config.save_every)
+    stage.resumed_at(progress.done)
     record: dict[str, Any] = {}
     losses: list[float] = []
     training_s, began = 0.0, time.perf_counter()
@@ -237,15 +245,16 @@ def finetune(config: SftConfig) -> dict[str, Any]:
         parameters,
         lambda: batch_loss(policy, batches, draw_frames(rng, config, data, episodes, every), config.one_step_share),
         FitSettings(config.steps, config.lr, config.weight_decay),
+        progress,
     )
-    for step, info in track(steps, "fine-tuning", config.steps):
+    for step, info in track(steps, "fine-tuning", config.steps, completed=progress.done):
         training_s += time.perf_counter() - began
         losses.append(info["loss"])
         if step % config.save_every == 0 or step == config.steps:
             record = {
                 "step": step,
                 "loss": round(float(np.mean(losses[-100:])), 5),
-                "samples_per_s": round(step * config.batch_size / training_s, 1),
+                "samples_per_s": round(len(losses) * config.batch_size / training_s, 1),
                 "action_error": action_errors(
                     policy, postprocessor, batches, config, range(available, len(data.state)), every
                 ),
@@ -441,6 +450,7 @@ def save(
 
     refuse_not_finite(policy.state_dict().items(), f"the policy at step {record['step']}, with lr={config.lr},")
     directory = config.output_dir / "checkpoints" / f"{record['step']:06d}"
+    shutil.rmtree(directory, ignore_errors=True)  # of a process that was killed before it could note it
     export_policy(policy, preprocessor, postprocessor, directory)
     if env:
         write_card(directory, env)

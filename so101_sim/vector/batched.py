@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
+from so101_sim.cores import usable_cores
 from so101_sim.episode import ChunkScore, EpisodeLog
 from so101_sim.scene import INTEGRATION_STATE
 from so101_sim.vector.base import InProcessVectorEnv, episode_generator
@@ -29,7 +29,7 @@ class BatchedVectorEnv(InProcessVectorEnv):
 
     def __init__(self, config: EnvConfig, num_envs: int, num_threads: int | None = None) -> None:
         super().__init__(config, num_envs)
-        num_threads = num_threads or min(num_envs, os.cpu_count() or 1)
+        num_threads = num_threads or min(num_envs, usable_cores())
         self._batch = Batch(self.scene.model, num_envs, nthread=num_threads)
         self._data = mujoco.MjData(self.scene.model)
         self._integration = np.zeros((num_envs, mujoco.mj_stateSize(self.scene.model, INTEGRATION_STATE)))

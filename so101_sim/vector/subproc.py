@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from reinflow import UserError
 from reinflow.env import ChunkResult, Observation
 from so101_sim.config import EnvConfig
+from so101_sim.cores import usable_cores
 from so101_sim.vector.base import ObservationBuffer, SO101VectorEnv
 from so101_sim.vector.sequential import SequentialVectorEnv
 
@@ -62,7 +63,7 @@ class SubprocVectorEnv(SO101VectorEnv):
         super().__init__(config, num_envs)
         if os.name != "posix":
             raise RuntimeError("the subproc backend needs a POSIX system: use backend='batched'")
-        num_workers = min(num_envs, num_workers or os.cpu_count() or 1)
+        num_workers = min(num_envs, num_workers or usable_cores())
         self._groups = [group.tolist() for group in np.array_split(np.arange(num_envs), num_workers)]
         self._memory = _shared_file(2 * _pixels_size(config, num_envs))
         # Current and final images; the rest of an observation travels in the message.
