@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from reinflow.policy import Context
+from reinflow.step_size import refold
 from reinflow_vla.base import Prefix, ReinFlowVLA
+from reinflow_vla.directory import locate_policy
 from reinflow_vla.smolvla_directory import export_policy, load_smolvla
 
 
@@ -33,8 +35,21 @@ class ReinFlowSmolVLA(ReinFlowVLA):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str, **settings: Any) -> Self:
-        """Load a policy directory or hub id strictly; see ``load_smolvla`` for the errors."""
-        return cls(*load_smolvla(path, device), **settings)
+        """Load a policy directory or hub id strictly; see ``load_smolvla`` for the errors.
+
+        A shortcut policy that is stored for another number of denoising steps becomes one for those in ``settings``.
+        """
+        directory = Path(path) if Path(path).is_dir() else locate_policy(path)
+        stock, preprocessor, postprocessor = load_smolvla(directory, device)
+        stored = stock.config.num_steps
+        policy = cls(stock, preprocessor, postprocessor, **settings)
+        refold(directory, policy.step_size_layer, policy.num_denoising_steps, stored)
+        return policy
+
+    @property
+    def step_size_layer(self) -> nn.Linear:
+        """Where action tokens and flow time are joined."""
+        return self.vla.model.action_time_mlp_in
 
     def expert(self) -> nn.Module:
         return self.vla.model.vlm_with_expert.lm_expert

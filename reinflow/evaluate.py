@@ -125,12 +125,16 @@ class EvalResult:
         """By the names of reinflow.metrics."""
         low, high = self.interval
         success = {"eval/success_rate": self.success_rate, "eval/ci_low": low, "eval/ci_high": high}
-        return ({} if self.objective == "return" else success) | {
-            "eval/return_mean": self.return_mean,
-            "eval/episode_length": self.length_mean,
-            "eval/episodes": float(len(self.episodes)),
-            "time/eval": self.elapsed_s,
-        } | {f"eval/{name}": self.extra_mean(name) for name in self.extras}
+        return (
+            ({} if self.objective == "return" else success)
+            | {
+                "eval/return_mean": self.return_mean,
+                "eval/episode_length": self.length_mean,
+                "eval/episodes": float(len(self.episodes)),
+                "time/eval": self.elapsed_s,
+            }
+            | {f"eval/{name}": self.extra_mean(name) for name in self.extras}
+        )
 
     def summary(self) -> str:
         """One line: ``success 43.5 % (87/200), 95 % interval 36.8-50.4 %, ...``."""
@@ -257,7 +261,11 @@ def evaluate(
         rows += _play_batch(act, vector_env, batch, broken, frame_hook, frame_interval)
     elapsed = time.perf_counter() - start
     return EvalResult(
-        tuple(rows), elapsed, extras=vector_env.extras, broken_seeds=tuple(broken), objective=getattr(vector_env, "objective", "success")
+        tuple(rows),
+        elapsed,
+        extras=vector_env.extras,
+        broken_seeds=tuple(broken),
+        objective=getattr(vector_env, "objective", "success"),
     )
 
 

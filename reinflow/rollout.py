@@ -252,8 +252,7 @@ def collect_rollout(
     _mask_broken(rows, np.stack(played), broken | set(current.episodes[current.broken].tolist()))
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
-    seconds_policy = time.perf_counter() - start - seconds_env
-    info = RolloutInfo(episodes, seconds_env, seconds_policy, env.objective)
+    info = RolloutInfo(episodes, seconds_env, time.perf_counter() - start - seconds_env, env.objective)
     return RolloutBuffer(context=contexts, **stacked), info, current
 
 

@@ -7,6 +7,12 @@ the disturbance has led to. So recovery is in the data, as it must be for a poli
 Every episode is 150 control steps: after the lift the block is held up, so that the last chunk's actions are complete.
 
     reinflow-demos --output-dir runs/demos --episodes 300
+
+For offline RL, `--noisy-share` lets a clumsy expert play a part of the episodes, and `--rewards` keeps what fails and
+adds the task's own reward and end. Its mark stays set after the lift, where the task would have ended: what a chunk
+still holds from there on was told but is worth nothing (reinflow_so101/stages/state_data.py).
+
+    reinflow-demos --output-dir runs/half --episodes 200 --noisy-share .5 --rewards --environment-state --no-images
 """
 
 from __future__ import annotations
@@ -22,9 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, UserError, run_command
-from reinflow.settings import POSITIVE, SEED, Range, check_ranges
+from reinflow.settings import FRACTION, POSITIVE, SEED, Range, check_ranges
 from reinflow_so101.policy_card import write_card
-from so101_mujoco_utils import JOINT_NAMES
+from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, JOINT_NAMES, compute_reward, is_success
 from so101_sim.config import EnvConfig
 from so101_sim.tasks.registry import RANGES, demonstration_env, describe, named, task_env
 
@@ -76,6 +82,17 @@ class DemoConfig:
     """Largest smooth disturbance of an arm joint in each chunk; the second closes on the block and bears less."""
     starting_position: tuple[float, ...] | None = None
     """MuJoCo degrees; None takes the task's."""
+    noisy_share: Annotated[float, FRACTION] = 0.0
+    """Share of the episodes that a noisy expert plays, evenly among the others. Their data holds what the servos were
+    really told, noise and all, so that imitating them is a mistake."""
+    noisy_disturbance_deg: tuple[float, ...] = (24.0, 12.0, 6.0)
+    """Largest disturbance in those episodes, as disturbance_deg in the others."""
+    rewards: bool = False
+    """Keep failed episodes too, and store the task's reward and end: next.reward, next.done, next.truncated."""
+    environment_state: bool = False
+    """Store the simulator's state too (observation.environment_state), which state-based policies see."""
+    images: bool = True
+    """Off (--no-images): nothing is rendered, and the data set has no cameras."""
     instruction: str = ""
     """The task string of every frame; empty takes the task's."""
 
@@ -85,8 +102,11 @@ class DemoConfig:
         if unread and not moves:
             raise ConfigError(f"{', '.join(unread)} not read by task={self.task}, where the block lies still: drop it")
         check_ranges(self)
-        if len(self.disturbance_deg) != 3 or not all(0 <= degrees <= 180 for degrees in self.disturbance_deg):
-            raise ConfigError(f"disturbance_deg is {self.disturbance_deg}: give three numbers from 0 to 180")
+        for name in ("disturbance_deg", "noisy_disturbance_deg"):
+            if len(given := getattr(self, name)) != 3 or not all(0 <= degrees <= 180 for degrees in given):
+                raise ConfigError(f"{name} is {given}: give three numbers from 0 to 180")
+        if not self.images and (self.video or self.cameras):
+            raise ConfigError("video and cameras need images: leave --no-images out, or leave them out")
         self.env()  # ranges that contradict each other
 
     def env(self) -> EnvConfig:
@@ -98,6 +118,8 @@ class DemoConfig:
             "image_size": self.image_size,
             "start_noise_deg": self.start_noise_deg,
             "lift_threshold": 10.0,
+            "environment_state": self.environment_state,
+            "render_images": self.images,
         }
         return replace(demonstration_env(self.task), **changes, **given)
 
@@ -109,6 +131,10 @@ class DemoConfig:
         kept: dict[str, Any] = {name: getattr(task, name) for name in margins if getattr(self, name) is None}
         noise, height = task.start_noise_deg, task.lift_threshold
         return replace(ours, **kept, start_noise_deg=noise, lift_threshold=height)
+
+    def is_noisy(self, number: int) -> bool:
+        """Whether the noisy expert plays the episode that is tried as number 0, 1, ..."""
+        return int((number + 1) * self.noisy_share) > int(number * self.noisy_share)
 
 
 def make_env(config: DemoConfig, **overrides: Any) -> SO101PickEnv:
@@ -135,9 +161,13 @@ def block_yaw(quaternion: NDArray[np.float64]) -> float:
 
 
 def record_episode(
-    env: SO101PickEnv, expert: ScriptedExpert, seed: int, disturbance_deg: tuple[float, ...]
+    env: SO101PickEnv, expert: ScriptedExpert, seed: int, disturbance_deg: tuple[float, ...], noisy: bool = False
 ) -> tuple[list[dict[str, Any]], bool]:
-    """One episode: frames (agent_pos, pixels, action in the policy's units), and whether the block is up at its end."""
+    """One episode: frames (agent_pos, pixels, action in the policy's units), and whether the block is up at its end.
+
+    The action is what the expert wanted, or with ``noisy`` what the servos were told. Every frame also has "rows", the
+    simulator's rows before and after its control step, for `reward_columns`.
+    """
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     frames: list[dict[str, Any]] = []
@@ -147,10 +177,29 @@ def record_episode(
             state.joint_pos_rad, state.block_pos, block_yaw(state.block_quat), start_step=chunk * DECISION_STEPS
         )[:DECISION_STEPS]
         told = plan + smooth_disturbance(rng, DECISION_STEPS, largest_deg)
-        for wanted, target in zip(plan, told, strict=True):
-            frames.append({**observation, "action": env.scene.frame.from_rad(wanted)})
+        for wanted, target in zip(told if noisy else plan, told, strict=True):
+            before = env.row
+            frame = {**observation, "action": env.scene.frame.from_rad(wanted)}
             observation, *_ = env.step(env.scene.frame.from_rad(target))
+            frames.append({**frame, "rows": (before, env.row)})
     return frames, env.scene.block_height(env.row) > EnvConfig().lift_threshold
+
+
+def reward_columns(env: SO101PickEnv, task: EnvConfig, frames: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
+    """`next.reward`, `next.done` and `next.truncated` (L,) of an episode as the task itself would have paid and ended
+    it: nothing is paid after its end, which stays marked."""
+    before, after = (
+        env.scene.layout.scene_state(np.stack(rows)) for rows in zip(*(f["rows"] for f in frames), strict=True)
+    )
+    lifted = is_success(after, task.lift_threshold)
+    terminated, last = bool(lifted.any()), len(frames) - 1
+    step, end = np.arange(len(frames)), int(lifted.argmax()) if terminated else last
+    rewards = sum(compute_reward(before, after, task.reward).values())
+    return {
+        "next.reward": np.where(step <= end, rewards, 0.0).astype(np.float32),
+        "next.done": terminated & (step >= end),
+        "next.truncated": (not terminated) & (step == last),
+    }
 
 
 def dataset_features(config: DemoConfig) -> dict[str, dict[str, Any]]:
@@ -159,19 +208,22 @@ def dataset_features(config: DemoConfig) -> dict[str, dict[str, Any]]:
     joints = {"dtype": "float32", "shape": (len(names),), "names": names}
     shape = (config.image_size, config.image_size, 3)
     image = {"dtype": "video" if config.video else "image", "shape": shape, "names": ["height", "width", "channels"]}
-    cameras = {f"observation.images.{camera}": dict(image) for camera in config.env().cameras}
-    return {"observation.state": dict(joints), "action": dict(joints), **cameras}
+    cameras = {f"observation.images.{camera}": dict(image) for camera in config.env().cameras if config.images}
+    names = list(ENVIRONMENT_STATE_NAMES)
+    state = {"observation.environment_state": {"dtype": "float32", "shape": (len(names),), "names": names}}
+    numbers = {"next.reward": "float32", "next.done": "bool", "next.truncated": "bool"}
+    rewards = {name: {"dtype": kind, "shape": (1,), "names": None} for name, kind in numbers.items()}
+    more = (state if config.environment_state else {}) | (rewards if config.rewards else {})
+    return {"observation.state": dict(joints), "action": dict(joints), **cameras, **more}
 
 
 def record(config: DemoConfig) -> tuple[int, int]:
     """Record the dataset. Returns episodes kept and episodes tried.
 
     Raises:
-        DemoError: the root exists, or fewer than one in four episodes succeeds.
+        DemoError: the root exists, or fewer than one in four episodes of the expert without noise succeeds.
     """
     quiet_lerobot()
-    from lerobot.configs.video import RGBEncoderConfig
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
     from so101_sim.expert import ScriptedExpert
@@ -181,32 +233,26 @@ def record(config: DemoConfig) -> tuple[int, int]:
     print(f"recording {describe(config.task_env())}")
     env = make_env(config)
     expert = ScriptedExpert(env.model)
-    dataset = LeRobotDataset.create(
-        repo_id=config.repo_id,
-        fps=env.metadata["render_fps"],
-        features=dataset_features(config),
-        root=config.output_dir,
-        robot_type="so101_follower",
-        use_videos=config.video,
-        image_writer_threads=0 if config.video else 2,
-        rgb_encoder=RGBEncoderConfig(**FINE_VIDEO) if config.video else None,
-    )
-    kept = tried = 0
+    dataset = create(config, env.metadata["render_fps"])
+    kept = tried = lifted = calm = calm_lifted = 0
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
     try:
         with Progress(*columns) as progress:
             bar = progress.add_task("recording", total=config.episodes, rate="")
             while kept < config.episodes:
-                seed = config.first_seed + tried
-                frames, success = record_episode(env, expert, seed, config.disturbance_deg)
+                noisy = config.is_noisy(tried)
+                disturbance = config.noisy_disturbance_deg if noisy else config.disturbance_deg
+                frames, success = record_episode(env, expert, config.first_seed + tried, disturbance, noisy)
                 tried += 1
-                if success:
-                    store(dataset, frames, env.task)
+                lifted, calm, calm_lifted = lifted + success, calm + (not noisy), calm_lifted + (success and not noisy)
+                if success or config.rewards:
+                    rewards = reward_columns(env, config.task_env(), frames) if config.rewards else {}
+                    store(dataset, frames, env.task, rewards)
                     kept += 1
-                progress.update(bar, completed=kept, rate=f"{kept} of {tried} lifted")
-                if tried >= 20 and kept < tried / 4:
+                progress.update(bar, completed=kept, rate=f"{lifted} of {tried} lifted")
+                if calm >= 20 and calm_lifted < calm / 4:
                     raise DemoError(
-                        f"only {kept} of {tried} episodes lifted: lower disturbance_deg or the block's ranges"
+                        f"only {calm_lifted} of {calm} episodes lifted: lower disturbance_deg or the block's ranges"
                     )
     finally:
         dataset.finalize()
@@ -214,8 +260,26 @@ def record(config: DemoConfig) -> tuple[int, int]:
         if kept == 0:  # nothing is lost with it
             shutil.rmtree(config.output_dir)
     write_card(config.output_dir / "meta", config.task_env())
-    print(f"wrote {config.output_dir}: {kept} episodes of {tried} tried, {150 * kept} frames")
+    clumsy = f", {lifted} lifted, {tried - calm} by the noisy expert" if config.noisy_share or config.rewards else ""
+    print(f"wrote {config.output_dir}: {kept} episodes of {tried} tried{clumsy}, {150 * kept} frames")
     return kept, tried
+
+
+def create(config: DemoConfig, fps: int) -> Any:
+    """An empty LeRobotDataset to record into."""
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset.create(
+        repo_id=config.repo_id,
+        fps=fps,
+        features=dataset_features(config),
+        root=config.output_dir,
+        robot_type="so101_follower",
+        use_videos=config.video,
+        image_writer_threads=2 if config.images and not config.video else 0,
+        rgb_encoder=RGBEncoderConfig(**FINE_VIDEO) if config.video else None,
+    )
 
 
 def quiet_lerobot() -> None:
@@ -229,15 +293,18 @@ def quiet_lerobot() -> None:
     datasets.disable_progress_bars()
 
 
-def store(dataset: Any, frames: list[dict[str, Any]], instruction: str) -> None:
-    """Add one episode to the dataset."""
-    for frame in frames:
-        images = {f"observation.images.{camera}": image for camera, image in frame["pixels"].items()}
+def store(dataset: Any, frames: list[dict[str, Any]], instruction: str, rewards: dict[str, NDArray[Any]]) -> None:
+    """Add one episode to the dataset; ``rewards``: further columns (L,), or none."""
+    for number, frame in enumerate(frames):
+        images = {f"observation.images.{camera}": image for camera, image in frame.get("pixels", {}).items()}
+        state = {"observation.environment_state": frame["environment_state"]} if "environment_state" in frame else {}
         dataset.add_frame(
             {
                 "observation.state": frame["agent_pos"].astype(np.float32),
                 "action": frame["action"].astype(np.float32),
                 **images,
+                **state,
+                **{name: column[number : number + 1] for name, column in rewards.items()},
                 "task": instruction,
             }
         )

@@ -1,19 +1,23 @@
-"""Supervised stage of the state-based policy: scripted demonstrations in memory, flow matching, a policy directory.
+"""Supervised stage of the state-based policy: demonstrations, flow matching, a policy directory.
 
     reinflow-sft-mlp --output-dir runs/flow_mlp
     python train_reinflow.py --preset flow_mlp --flow-mlp-pretrained-path runs/flow_mlp
 
 Demonstrations are those of reinflow-demos (same expert, same disturbances, same ranges) without rendering: physics
 only, seconds instead of minutes, and nothing is stored. The policy trains on the states at which it will decide.
+
+A data set of states (reinflow-demos --environment-state, reinflow-collect, Minari) comes in by --dataset-root, with the
+environment that it is from:
+
+    reinflow-sft-mlp --dataset-root runs/half --chunk-size 16 --n-action-steps 8 --num-denoising-steps 8 --output-dir D
+    reinflow-sft-mlp --dataset-root runs/hopper --chunk-size 4 --every-frame --num-denoising-steps 4 --output-dir D
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,12 +26,13 @@ from numpy.typing import NDArray
 
 from reinflow import UserError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
-from reinflow.settings import SEED, check_ranges
-from reinflow_so101.policy_card import write_card
+from reinflow.settings import NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
+from reinflow.stage import StageDirectory
 from reinflow_so101.stages.demonstrations import DemoConfig
-from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES
+from reinflow_so101.stages.state_data import chunks_at, decision_starts, read_state_dataset
+from reinflow_so101.stages.state_game import StateGame, arm_game, game_of, least_state_std
 from so101_sim.config import EnvConfig
-from so101_sim.tasks.registry import describe, named, task_env
+from so101_sim.tasks.registry import named, task_env
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +40,11 @@ if TYPE_CHECKING:
     from reinflow.evaluate import EvalResult
     from reinflow.flow_mlp import FlowMLP
 
+__all__ = ["FlowMlpSftConfig", "FlowMlpSftError", "collect", "decision_samples", "finetune", "least_state_std"]
+
+COMMAND = "reinflow-sft-mlp"
+LOG_EVERY = 10  # steps
 EPISODE_STEPS = 150  # of a demonstration
-# By the end of a state's name (without its axis): floor of the std it is normalised by. The expert is at rest when it
-# decides; a policy ends its chunks with joints at 1 rad/s, a hundred of the demonstrations' standard deviations.
-LEAST_STATE_STD = {"pos_rad": 0.05, "vel": 2.0, "pos": 0.01, "block": 0.01, "quat": 0.1, "force": 0.5, "progress": 0.1}
 
 
 class FlowMlpSftError(UserError, RuntimeError):
@@ -52,7 +58,11 @@ class FlowMlpSftConfig:
     output_dir: Path
     """Gets the policy, reinflow.json (its environment) and sft.json; refused if it exists."""
     task: str = "lift"
-    """Named task to learn, such as lift or lift_wide (so101_sim/tasks/registry.py)."""
+    """Named task to learn, such as lift or lift_wide (so101_sim/tasks/registry.py); a data set brings its own."""
+    dataset_root: str = ""
+    """Data set of states to learn from, or "minari:ID"; empty plays scripted demonstrations."""
+    dataset_episodes: Annotated[int, NOT_NEGATIVE] = 0
+    """Use the first so many episodes of the data set; 0 takes all."""
     episodes: int = 30
     """Successful demonstrations. Few make a weak policy, which is what RL is to mend."""
     first_seed: int = 1_000
@@ -68,9 +78,14 @@ class FlowMlpSftConfig:
     hidden_size: int = 256
     """Width of the three hidden layers."""
     chunk_size: int = 50
-    """Actions that the policy predicts and executes; a divisor of an episode's 150. The layers are that wide."""
+    """Actions that the policy predicts; where it executes all of them a divisor of an episode's 150. The layers are
+    that wide."""
+    n_action_steps: Annotated[int, Range(0, 1_000)] = 0
+    """How many of them it executes before it decides again; 0 is all."""
     jitter: int = 2
     """Train on the frames up to so many control steps after each decision as well."""
+    every_frame: bool = False
+    """Train on every frame of the data set, as for gaits, where a decision falls anywhere."""
     one_step_share: float = 0.5
     """Share of each batch at flow time 1, pure noise, where a sampler of one step (K = 1) looks."""
     num_denoising_steps: int = 1
@@ -81,8 +96,12 @@ class FlowMlpSftConfig:
     """First seed of these, a tuning seed: 5,000 to 9,999."""
     num_parallel_envs: int = 32
     """Environments that act at once in the evaluation."""
+    save_every: Annotated[int, POSITIVE] = 250
+    """Steps between savings of what --resume goes on from."""
     seed: Annotated[int, SEED] = 0
     """Of weights, batches and flow noise."""
+    resume: bool = False
+    """Go on with a stage that was cut off, in output_dir."""
 
     def __post_init__(self) -> None:
         named(self.task)
@@ -92,10 +111,15 @@ class FlowMlpSftConfig:
                 raise FlowMlpSftError(f"{name} is {getattr(self, name)}: use at least 1")
         if not self.lr > 0:
             raise FlowMlpSftError(f"lr is {self.lr}: use a number above 0")
-        if self.chunk_size < 1 or EPISODE_STEPS % self.chunk_size:
+        whole = self.n_action_steps or self.dataset_root or not EPISODE_STEPS % max(1, self.chunk_size)
+        if self.chunk_size < 1 or not whole:
             raise FlowMlpSftError(
                 f"chunk_size is {self.chunk_size}: use a divisor of {EPISODE_STEPS}, such as 50 or 25"
             )
+        if self.n_action_steps > self.chunk_size:
+            raise FlowMlpSftError(f"n_action_steps is {self.n_action_steps}: use at most chunk_size={self.chunk_size}")
+        if self.every_frame and not self.dataset_root:
+            raise FlowMlpSftError("every_frame is for a data set: give dataset_root, or leave it out")
         if not 0 <= self.jitter < self.chunk_size:
             raise FlowMlpSftError(f"jitter is {self.jitter}: use 0 to chunk_size - 1")
         if not 0.0 <= self.one_step_share <= 1.0:
@@ -109,6 +133,11 @@ class FlowMlpSftConfig:
                 f"eval_seed is {self.eval_seed} for {self.eval_episodes} episodes: use tuning seeds, "
                 f"{FIRST_TUNING_SEED} to {FIRST_REPORTING_SEED - 1}"
             )
+
+    @property
+    def decides_every(self) -> int:
+        """Control steps between decisions."""
+        return self.n_action_steps or self.chunk_size
 
 
 @dataclass
@@ -153,39 +182,53 @@ def collect(config: FlowMlpSftConfig) -> StateDemonstrations:
 
 
 def decision_samples(
-    data: StateDemonstrations, chunk_size: int, jitter: int
+    data: StateDemonstrations, chunk_size: int, jitter: int, every: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """States (M, S) at and shortly after the decisions, with the chunks (M, n, 6) from there on.
+    """States (M, S) at and shortly after the decisions, with the chunks (M, H, 6) from there on. A decision falls every
+    so many control steps, 0: after each chunk.
 
     Beyond the end of an episode, where the expert holds the block up, its last action is repeated.
     """
     length = data.state.shape[1]
-    frames = [start + late for start in range(0, length, chunk_size) for late in range(jitter + 1)]
+    frames = [start + late for start in range(0, length, every or chunk_size) for late in range(jitter + 1)]
+    frames = [frame for frame in frames if frame < length]
     index = np.minimum(np.array(frames)[:, None] + np.arange(chunk_size), length - 1)  # (frames, n)
     chunks = data.action[:, index]  # (E, frames, n, 6)
     return data.state[:, frames].reshape(-1, data.state.shape[2]), chunks.reshape(-1, *chunks.shape[2:])
 
 
-def least_state_std() -> list[float]:
-    """LEAST_STATE_STD for each of ENVIRONMENT_STATE_NAMES; radians, rad/s, metres, m/s."""
-    names = (re.sub("_[wxyz]$", "", name) for name in ENVIRONMENT_STATE_NAMES)
-    return [next(floor for end, floor in LEAST_STATE_STD.items() if name.endswith(end)) for name in names]
+def read_samples(config: FlowMlpSftConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The same of a data set: states (M, S) and chunks (M, H, A)."""
+    episodes = read_state_dataset(config.dataset_root)
+    every, jitter = (1, 0) if config.every_frame else (config.decides_every, config.jitter)
+    count = config.dataset_episodes or len(episodes.actions)
+    starts = [start for start in decision_starts(episodes, every, jitter) if start[0] < count]
+    print(f"{min(count, len(episodes.actions))} episodes, {len(starts)} samples of {config.dataset_root}", flush=True)
+    return chunks_at(episodes.states, starts, 1)[:, 0], chunks_at(episodes.actions, starts, config.chunk_size)
 
 
-def train(config: FlowMlpSftConfig, data: StateDemonstrations) -> tuple[FlowMLP, float]:
-    """Flow matching on the decisions; returns the policy and the mean loss of the last 100 steps."""
+def train(
+    config: FlowMlpSftConfig,
+    samples: tuple[NDArray[np.float32], NDArray[np.float32]],
+    game: StateGame,
+    stage: StageDirectory,
+) -> tuple[FlowMLP, float]:
+    """Flow matching on states (M, S) and chunks (M, H, A); returns the policy and the mean loss of the last 100
+    steps."""
     import torch
+    from rich.progress import track
 
     from reinflow.flow_mlp import FlowMLP
-    from reinflow.supervised import FitSettings, fit
+    from reinflow.supervised import FitSettings, Progress, fit
 
-    states, actions = (torch.from_numpy(x) for x in decision_samples(data, config.chunk_size, config.jitter))
+    states, actions = (torch.from_numpy(x) for x in samples)
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     policy = FlowMLP(
-        states.shape[1], actions.shape[2], config.chunk_size, config.num_denoising_steps, config.hidden_size
-    )
-    policy.set_statistics(states, actions, torch.tensor(least_state_std()))
+        states.shape[1], actions.shape[2], config.chunk_size, config.num_denoising_steps, config.hidden_size,
+        n_action_steps=config.n_action_steps,
+    )  # fmt: skip
+    policy.set_statistics(states, actions, torch.tensor(game.least_state_std(states.shape[1])))
     policy.train_only(["trunk", "head"])
 
     def loss() -> tuple[Tensor, dict[str, float]]:
@@ -193,7 +236,14 @@ def train(config: FlowMlpSftConfig, data: StateDemonstrations) -> tuple[FlowMLP,
         return policy.flow_matching_loss(states[rows], actions[rows], generator, config.one_step_share), {}
 
     settings = FitSettings(config.steps, config.lr, config.weight_decay, betas=(0.9, 0.999), grad_clip_norm=0.0)
-    losses = [info["loss"] for _, info in fit(policy.policy_parameters(), loss, settings)]
+    progress = Progress(stage.progress_dir, {"policy": policy}, {"batches": generator}, config.save_every)
+    stage.resumed_at(progress.done)
+    losses: list[float] = []
+    steps = fit(policy.policy_parameters(), loss, settings, progress)
+    for step, info in track(steps, "flow matching", config.steps, completed=progress.done):
+        losses.append(info["loss"])
+        if step % LOG_EVERY == 0 or step == config.steps:
+            stage.log(step, {name: round(value, 6) for name, value in info.items()})
     return policy.eval(), float(np.mean(losses[-100:]))
 
 
@@ -203,45 +253,51 @@ def task_environment(task: str = "lift") -> EnvConfig:
     return task_env(task, image_size=size, render_images=False, environment_state=True)
 
 
-def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | None:
-    """Noise-free episodes on the tuning seeds; None without any."""
-    from reinflow.evaluate import evaluate_seeds
-    from reinflow.flow import ChainSpec
-    from reinflow.rollout import noise_free_actor
-    from so101_sim.vector.make import make_vector_env
+def game_to_learn(config: FlowMlpSftConfig) -> StateGame:
+    """The data set's environment, or the named task."""
+    return game_of(config.dataset_root) if config.dataset_root else arm_game(task_environment(config.task))
 
-    if not config.eval_episodes:
-        return None
-    act = noise_free_actor(policy, ChainSpec(config.num_denoising_steps))
-    make_env = partial(make_vector_env, task_environment(config.task))
-    return evaluate_seeds(act, make_env, config.eval_seed, config.eval_episodes, config.num_parallel_envs)
+
+def evaluate_success(config: FlowMlpSftConfig, policy: FlowMLP) -> EvalResult | None:
+    """Noise-free episodes on the tuning seeds; None without any, or where nothing says what is played."""
+    seeds = range(config.eval_seed, config.eval_seed + config.eval_episodes)
+    return game_to_learn(config).evaluate(policy, config.num_denoising_steps, seeds, config.num_parallel_envs)
 
 
 def save(config: FlowMlpSftConfig, policy: FlowMLP, record: dict[str, Any]) -> None:
     """The policy, its environment (reinflow.json), and how it was made (sft.json)."""
     policy.save_pretrained(config.output_dir)
-    write_card(config.output_dir, task_environment(config.task))
+    game_to_learn(config).write_card(config.output_dir)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "output_dir"}
     (config.output_dir / "sft.json").write_text(json.dumps(settings | record, indent=2) + "\n", encoding="utf-8")
 
 
 def finetune(config: FlowMlpSftConfig) -> dict[str, Any]:
-    """Collect, train, evaluate, save; returns what was measured."""
-    if config.output_dir.exists():
+    """Collect or read, train, evaluate, save; returns what was measured."""
+    if config.output_dir.exists() and not config.resume:
         raise FlowMlpSftError(f"output_dir={config.output_dir} exists: choose another or remove it first")
-    print(f"task: {describe(task_environment(config.task))}", flush=True)
-    start = time.perf_counter()
-    data = collect(config)
-    print(f"{len(data.state)} of {data.tried} demonstrations lifted, {time.perf_counter() - start:.1f} s", flush=True)
-    start = time.perf_counter()
-    policy, loss = train(config, data)
-    print(f"{config.steps} steps, loss {loss:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
-    result = evaluate_success(config, policy)
-    record: dict[str, Any] = {"demonstrations_tried": data.tried, "loss": round(loss, 5)}
-    if result:
-        record |= {"success": round(result.success_rate, 4), "success_ci95": [round(x, 4) for x in result.interval]}
-        print(f"K={config.num_denoising_steps}, seeds from {config.eval_seed}: {result.summary()}", flush=True)
-    save(config, policy, record)
+    game = game_to_learn(config)
+    print(f"task: {game}", flush=True)
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "output_dir"}
+    with StageDirectory.open(config.output_dir, settings, config.resume, COMMAND) as stage:
+        start, record = time.perf_counter(), dict[str, Any]()
+        if config.dataset_root:
+            samples = read_samples(config)
+        else:
+            data = collect(config)
+            record["demonstrations_tried"] = data.tried
+            spent = time.perf_counter() - start
+            print(f"{len(data.state)} of {data.tried} demonstrations lifted, {spent:.1f} s", flush=True)
+            samples = decision_samples(data, config.chunk_size, config.jitter, config.n_action_steps)
+        start = time.perf_counter()
+        policy, loss = train(config, samples, game, stage)
+        print(f"{config.steps} steps, loss {loss:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
+        record["loss"] = round(loss, 5)
+        if result := evaluate_success(config, policy):
+            record |= game.score(result)
+            print(f"K={config.num_denoising_steps}, seeds from {config.eval_seed}: {result.summary()}", flush=True)
+        save(config, policy, record)
+        stage.finish(record)
     print(f"wrote {config.output_dir}")
     return record
 

@@ -46,6 +46,7 @@ from reinflow_vla.directory import (
     CONFIG_FILE,
     OBS_IMAGES_PREFIX,
     read_json,
+    refuse_existing,
 )
 from so101_mujoco_utils import CAMERA_NAMES
 from so101_sim.config import EnvConfig
@@ -205,6 +206,8 @@ def _whole_data(config: SftConfig, directory: Path, every: int) -> Demonstration
 def finetune(config: SftConfig) -> dict[str, Any]:
     """Run the fine-tuning; returns the record of the last checkpoint."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+    if not config.resume:
+        refuse_existing(config.output_dir)
     with StageDirectory.open(config.output_dir, settings, config.resume, "reinflow-sft", "sft.json") as stage:
         record = _finetune(config, stage)
         stage.finish(record)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from reinflow_so101.stages import demonstrations
+from reinflow_so101.stages.state_data import read_state_dataset
+from so101_gym_env import SO101PickEnv
 from so101_mujoco_utils import FRAMES
 from so101_sim.expert import ScriptedExpert
 from so101_sim.tasks.registry import differences, nearest_task
@@ -98,3 +101,60 @@ def test_gives_up_when_the_expert_cannot(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(demonstrations.DemoError, match="only 0 of 20"):
         demonstrations.record(demonstrations.DemoConfig(output_dir=tmp_path / "d", episodes=1))
     assert not (tmp_path / "d").exists()  # nothing was recorded: the corrected command may take the folder
+
+
+# --- For offline RL ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> demonstrations.DemoConfig:
+    """Every second of four episodes is the noisy expert's."""
+    config = demonstrations.DemoConfig(
+        tmp_path_factory.mktemp("half") / "data", episodes=4, noisy_share=0.5, rewards=True, environment_state=True,
+        images=False,
+    )  # fmt: skip
+    assert demonstrations.record(config) == (4, 4)  # what fails is kept
+    return config
+
+
+def test_half_of_the_episodes_are_noisy_and_rewards_are_the_tasks(half: demonstrations.DemoConfig) -> None:
+    found = read_state_dataset(half.output_dir, rewards=True)
+    assert found.rewards is not None and [len(a) for a in found.actions] == [150] * 4
+    roughness = [float(np.abs(np.diff(a[:50, :5], n=2, axis=0)).sum()) for a in found.actions]
+    assert [half.is_noisy(i) for i in range(4)] == [False, True, False, True]
+    assert min(roughness[1::2]) > max(roughness[::2])  # a disturbance is in what the noisy expert's data holds
+    for paid, ended, end in zip(found.rewards, found.terminated, found.ends, strict=True):
+        assert not paid[end:].any() and (ended or end == 150)
+        assert not ended or (paid[end - 1] > 5.0 and end < 150)  # the lift is paid for in the step that ends it
+    assert found.terminated[0] and found.returns()[0] > 8.0
+
+
+def test_recorded_rewards_are_those_that_the_task_pays(half: demonstrations.DemoConfig) -> None:
+    """The noisy expert's actions are what was really told: played in the task they earn what the data says."""
+    found = read_state_dataset(half.output_dir, rewards=True)
+    assert found.rewards is not None
+    env = SO101PickEnv(replace(half.env(), lift_threshold=half.task_env().lift_threshold))
+    for number in (1, 3):
+        observation, _ = env.reset(seed=half.first_seed + number)
+        assert np.array_equal(observation["environment_state"], found.states[number][0])
+        _, rewards, terminated, _, info = env.step_chunk(found.actions[number])
+        assert (int(info["active"].sum()), terminated) == (found.ends[number], found.terminated[number])
+        assert np.allclose(rewards, found.rewards[number], atol=1e-3)  # actions were stored as float32
+    env.close()
+
+
+def test_columns_are_only_those_asked_for(half: demonstrations.DemoConfig, config: demonstrations.DemoConfig) -> None:
+    plain = demonstrations.dataset_features(config)
+    cameras = ["observation.images.camera_up", "observation.images.wrist_camera"]
+    assert list(plain) == ["observation.state", "action", *cameras]
+    more = ["observation.environment_state", "next.reward", "next.done", "next.truncated"]
+    assert list(demonstrations.dataset_features(half)) == ["observation.state", "action", *more]
+
+
+def test_shares_are_spread_evenly() -> None:
+    config = demonstrations.DemoConfig(output_dir=Path("x"), noisy_share=0.3)
+    assert sum(config.is_noisy(i) for i in range(100)) == 30
+    assert not any(demonstrations.DemoConfig(output_dir=Path("x")).is_noisy(i) for i in range(100))
+    for changes in ({"noisy_share": 1.5}, {"noisy_disturbance_deg": (1.0,)}, {"video": True, "images": False}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            demonstrations.DemoConfig(output_dir=Path("x"), **changes)

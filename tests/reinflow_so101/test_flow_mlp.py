@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from reinflow import ConfigError
+from reinflow import ConfigError, UserError
 from reinflow.checkpoint import load_training_state, resolve_checkpoint
 from reinflow.evaluate import EvalResult
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
@@ -18,8 +18,10 @@ from reinflow.metrics import read_metrics
 from reinflow.policy import PolicyError
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
 from reinflow_so101.opening import settle
+from reinflow_so101.policy_card import policy_card
 from reinflow_so101.stages import sft_flow_mlp
 from reinflow_so101.stages.sft_flow_mlp import FlowMlpSftConfig, FlowMlpSftError
+from reinflow_so101.stages.state_data import StateEpisodes, write_state_dataset
 from so101_gym_env import SO101PickEnv
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, model_dir
 from train_reinflow import PRESETS, TrainingConfig, make_policy, train
@@ -174,8 +176,10 @@ def test_the_embedded_policy_can_be_evaluated_and_watched(tmp_path):
     second = evaluate(EMBEDDED, tmp_path / "b")
     assert first.episodes == second.episodes
     assert (tmp_path / "a/video.mp4").stat().st_size > 500
-    with pytest.raises(ConfigError, match="n_action_steps=25"):
-        run_eval(EvalConfig(policy_path="flow_mlp", output_dir=str(tmp_path / "c"), n_action_steps=25))
+    half = evaluate("flow_mlp", tmp_path / "c", "--n-action-steps", "25")  # of the 50 that it predicts
+    assert [row.seed for row in half.episodes] == [5_000, 5_001] and half.episodes != first.episodes
+    with pytest.raises(UserError, match="n_action_steps=60"):
+        run_eval(EvalConfig(policy_path="flow_mlp", output_dir=str(tmp_path / "d"), n_action_steps=60))
 
 
 def test_what_does_not_fit_is_refused_by_name(small, tmp_path):
@@ -262,3 +266,77 @@ def test_sizes_that_are_none_are_refused_before_a_run_begins(tmp_path, change):
     (directory / "config.json").write_text(json.dumps(content | change))
     with pytest.raises(PolicyError, match=next(iter(change))):
         settle(replace(PRESETS["flow_mlp"], flow_mlp_pretrained_path=str(directory)), directory)
+
+
+def state_data(root: Path, states: int = STATES, actions: int = 6, card: dict | None = None) -> Path:
+    """Two episodes of numbers."""
+    rng = np.random.default_rng(0)
+    rows = [[rng.normal(size=(length, size)).astype(np.float32) for length in (20, 9)] for size in (states, actions)]
+    write_state_dataset(root, StateEpisodes(rows[0], rows[1], None, [False, False]), 50, "t", card or {})
+    return root
+
+
+def test_a_data_set_of_states_is_learned_from_and_says_what_is_played(tmp_path, capsys):
+    task = json.loads(policy_card(sft_flow_mlp.task_environment("lift_wide"))["reinflow.json"])
+    root = state_data(tmp_path / "data", card=task)
+    config = FlowMlpSftConfig(
+        tmp_path / "policy", dataset_root=str(root), steps=3, batch_size=4, hidden_size=8, chunk_size=16,
+        n_action_steps=8, jitter=0, eval_episodes=2,
+    )  # fmt: skip
+    record = sft_flow_mlp.finetune(config)
+    assert 0 <= record["success"] <= 1 and "demonstrations_tried" not in record
+    assert "task: lift_wide" in (out := capsys.readouterr().out) and "2 episodes, 5 samples" in out
+    policy = FlowMLP.from_pretrained(tmp_path / "policy")
+    assert (policy.chunk_size, policy.n_action_steps) == (16, 8)
+    assert json.loads((tmp_path / "policy/reinflow.json").read_text())["env"]["task"] == "lift_wide"
+    assert json.loads((tmp_path / "policy/stage.json").read_text())["record"] == record
+
+
+def test_a_gymnasium_data_set_is_played_in_its_environment(tmp_path, capsys):
+    card = {"env": {"env_id": "Pendulum-v1", "max_steps_per_episode": 8}}
+    root = state_data(tmp_path / "data", 3, 1, card)
+    config = FlowMlpSftConfig(
+        tmp_path / "policy", dataset_root=str(root), steps=3, batch_size=4, hidden_size=8, chunk_size=4,
+        every_frame=True, jitter=0, eval_episodes=2, num_parallel_envs=1, dataset_episodes=1,
+    )  # fmt: skip
+    record = sft_flow_mlp.finetune(config)
+    assert record.keys() == {"loss", "return"} and record["return"] < 0
+    assert "1 episodes, 20 samples" in capsys.readouterr().out
+    assert json.loads((tmp_path / "policy/reinflow.json").read_text()) == card
+
+
+def test_the_supervised_stage_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    root = state_data(tmp_path / "data")
+    whole = FlowMlpSftConfig(
+        tmp_path / "whole", dataset_root=str(root), steps=12, batch_size=4, hidden_size=8, chunk_size=4, jitter=0,
+        eval_episodes=0, save_every=5,
+    )  # fmt: skip
+    cut = replace(whole, output_dir=tmp_path / "cut")
+    sft_flow_mlp.finetune(whole)
+    real = FlowMLP.flow_matching_loss
+    calls = iter(range(100))
+
+    def stops(*arguments):
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(FlowMLP, "flow_matching_loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sft_flow_mlp.finetune(cut)
+    monkeypatch.setattr(FlowMLP, "flow_matching_loss", real)
+    with pytest.raises(ConfigError, match="lr"):
+        sft_flow_mlp.finetune(replace(cut, resume=True, lr=0.1))
+    sft_flow_mlp.finetune(replace(cut, resume=True))
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("n_action_steps", {"n_action_steps": 60}), ("every_frame", {"every_frame": True}), ("jitter", {"jitter": 50})],
+)
+def test_flags_of_data_sets_are_refused_by_name(name, changes):
+    with pytest.raises(FlowMlpSftError, match=name):
+        FlowMlpSftConfig(Path("x"), **changes)
+    FlowMlpSftConfig(Path("x"), chunk_size=16, n_action_steps=8)

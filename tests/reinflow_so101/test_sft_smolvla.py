@@ -68,6 +68,33 @@ def test_three_steps(start: tuple[Path, Path], tmp_path: Path, train_vision: boo
         sft_smolvla.finetune(config)
 
 
+def test_a_killed_fine_tuning_goes_on_to_the_same_weights(start, tmp_path, monkeypatch, capsys) -> None:
+    config = sft_smolvla.SftConfig(
+        policy_dir=start[0], dataset_root=start[1], output_dir=tmp_path / "whole", held_out=1, steps=4, batch_size=4,
+        save_every=2, eval_episodes=0,
+    )  # fmt: skip
+    sft_smolvla.finetune(config)
+    cut, save = dataclasses.replace(config, output_dir=tmp_path / "cut"), sft_smolvla.save
+
+    def save_until_killed(*args: object) -> None:
+        save(*args)
+        if args[4]["step"] == 4:  # its last checkpoint is there, what was done is not yet noted
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft_smolvla, "save", save_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        sft_smolvla.finetune(cut)
+    assert "--resume goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"lr \(0.001 -> 0.5\)"):
+        sft_smolvla.finetune(dataclasses.replace(cut, resume=True, lr=0.5))
+    sft_smolvla.finetune(dataclasses.replace(cut, resume=True))
+    one, other = (load_smolvla(tmp_path / run / "checkpoints" / "000004")[0].state_dict() for run in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4] and not (tmp_path / "cut" / "progress").exists()
+
+
 def test_cached_image_tokens_give_the_same_loss(start: tuple[Path, Path]) -> None:
     data = sft_smolvla.read_demonstrations(start[1], "local/so101_pick", jitter=6)
     policy, preprocessor, _ = load_smolvla(start[0])
