@@ -446,7 +446,7 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
     if when == "after":
         run.load_best()
     if result := play(run, config, config.report_seed, config.report_episodes):
-        write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(TASK_GROUP))
+        write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(config.env_id or TASK_GROUP))
         run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
 
 

@@ -6,6 +6,7 @@ S the length of the privileged simulator state, A action dimensions.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+
+
+def usable_cores() -> int:
+    """Cores that environments may use: fewer than the machine's where a launcher or scheduler pins the process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Observation(TypedDict, total=False):

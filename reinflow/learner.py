@@ -239,12 +239,12 @@ class PPOLearner:
         """
         size = min(self.settings.minibatch_size, len(data))
         part = data[torch.linspace(0, len(data) - 1, size).long()]  # spread over the rollout
-        new_log_prob = part.score(self.policy, self.spec).log_prob.detach()
+        score = part.score(self.policy, self.spec)
+        new_log_prob = score.log_prob.detach()
         error = (new_log_prob - part.log_prob).exp().sub(1).abs().max().item()
-        # A log-prob of -500 has steps of 6e-5 in fp32, and a GPU sums a batch of another shape in another order.
-        tolerance = max(RATIO_TOLERANCE, 8 * torch.finfo(torch.float32).eps * part.log_prob.abs().max().item())
+        tolerance = self._tolerance(part, score.noise_std.min().item())
         if not error <= tolerance:
-            raise RatioGuardError(self._name_the_cause(error, new_log_prob, part))
+            raise RatioGuardError(self._name_the_cause(error, tolerance, new_log_prob, part))
         dims = part.log_prob.shape[1]
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
         total = data.log_prob[:size].sum(1).mean().item()
@@ -257,13 +257,27 @@ class PPOLearner:
             "logprob/coordinates": coordinates / dims,
         }
 
+    def _tolerance(self, part: RolloutBatch, least_std: float) -> float:
+        """How far the ratio may be off 1 by fp32's rounding alone: RATIO_TOLERANCE, and more in two cases.
+
+        A log-prob of -500 has steps of 6e-5, and a GPU sums a batch of another shape in another order. And a mean that
+        is rounded otherwise moves each of a group's m coordinates by its last digit over the noise's std: sums over
+        hundreds of them under a std of .01 differ by 1e-3 though nothing is wrong.
+        """
+        eps, groups = torch.finfo(torch.float32).eps, part.log_prob.shape[1]
+        coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim) / groups
+        if self.spec.reduction == "mean":
+            coordinates = 1.0
+        moved = 4 * eps * part.chain.abs().max().item() / least_std * math.sqrt(coordinates)
+        return max(RATIO_TOLERANCE, 8 * eps * part.log_prob.abs().max().item(), moved)
+
     @torch.no_grad()
     def _rescore(self, data: RolloutBatch) -> None:
         """Old log-probs by the update's own minibatches: a sum in bf16 or TF32 rounds by the shape of its batch."""
         parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
         data.log_prob = torch.cat([part.score(self.policy, self.spec).log_prob for part in parts])
 
-    def _name_the_cause(self, error: float, new: Tensor, part: RolloutBatch) -> str:
+    def _name_the_cause(self, error: float, allowed: float, new: Tensor, part: RolloutBatch) -> str:
         old = part.log_prob
         if not (torch.isfinite(new).all() and torch.isfinite(old).all()):
             cause = "a log-prob is not finite: the weights or observations hold NaN or infinity"
@@ -281,7 +295,7 @@ class PPOLearner:
                 "acting and updating do not see the same thing: weights or noise bounds changed after the rollout, "
                 "or the context does not hold everything that the velocity depends on"
             )
-        return f"ratio is off 1 by {error:.2e} (allowed {RATIO_TOLERANCE:.0e}) before the first optimiser step: {cause}"
+        return f"ratio is off 1 by {error:.2e} (allowed {allowed:.0e}) before the first optimiser step: {cause}"
 
     def _update_policy(self, data: RolloutBatch) -> dict[str, float]:
         """PPO epochs until done or until a step's KL exceeds ``target_kl``."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from reinflow import ConfigError
+from reinflow import ConfigError, UserError
 from reinflow.checksums import write_atomically
-from reinflow.lock import RunLock
+from reinflow.lock import LOCK_FILE, RunLock
 from reinflow.settings import check_same_settings
 
 STAGE_FILE, STAGE_METRICS, PROGRESS = "stage.json", "metrics.jsonl", "progress"
@@ -117,8 +117,10 @@ class StageDirectory:
     ) -> None:
         self.lock.release()
         if kind is not None and not self.finished:
-            if any(self.progress_dir.glob("checkpoints/[0-9]*")):
-                print(f"cut off; the same command with --resume goes on in {self.output_dir}", flush=True)
+            left = {path.name for path in self.output_dir.iterdir()} - {self.file, LOCK_FILE, STAGE_METRICS}
+            if left or self.metrics:
+                if not issubclass(kind, UserError):  # an error of the stage's own says what to do
+                    print(f"cut off; the same command with --resume goes on in {self.output_dir}", flush=True)
             else:  # nothing is lost with it
                 shutil.rmtree(self.output_dir, ignore_errors=True)
 

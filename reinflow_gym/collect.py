@@ -145,7 +145,10 @@ class MediumPolicy:
         Yields:
             "steps", "return" of the latest training episodes (NaN before the first) and "eval_return", if measured.
         """
+        from stable_baselines3.common.logger import Logger
+
         settings = self.settings
+        self.model.set_logger(Logger(None, []))  # its own makes a folder in the system's temporary one each time
         while not self.trained:
             start = time.monotonic()
             self.model.learn(min(settings.save_interval, settings.max_steps - self.steps), reset_num_timesteps=False)

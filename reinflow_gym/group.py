@@ -55,6 +55,9 @@ def make_single(config: GymConfig) -> gymnasium.Env[Any, Any]:
     except gymnasium.error.Error as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"env_id={config.env_id} cannot be made ({reason}): {WORKS}") from error
+    observed = env.observation_space
+    if not (isinstance(observed, Box) and len(observed.shape) == 1) and observed.is_np_flattenable:
+        env = gymnasium.wrappers.FlattenObservation(env)  # dictionaries of goal-conditioned tasks, stacked boxes
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
             env.close()

@@ -9,7 +9,6 @@ A chunk costs one message a worker, where `gymnasium.vector` sends one a step an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from reinflow import ConfigError
-from reinflow.env import Array, ChunkResult, ChunkVectorEnv, Observation
+from reinflow.env import Array, ChunkResult, ChunkVectorEnv, Observation, usable_cores
 from reinflow_gym.config import GymConfig
 from reinflow_gym.group import GymGroup, Spaces
 from reinflow_gym.workers import WorkerPool
@@ -62,7 +61,7 @@ class GymVectorEnv(ChunkVectorEnv):
             raise ConfigError(f"num_workers is {num_workers}: use 0 for none, or as many as there are cores")
         self.config, self.num_envs, self._started = config, num_envs, False
         if num_workers is None:
-            num_workers = 0 if num_envs == 1 else _cores()
+            num_workers = 0 if num_envs == 1 else usable_cores()
         self._pool: WorkerPool | None = None
         self._group: GymGroup | None = None
         self._rows = [part.tolist() for part in np.array_split(np.arange(num_envs), min(num_envs, num_workers) or 1)]
@@ -186,11 +185,6 @@ class GymVectorEnv(ChunkVectorEnv):
                 for stats in part.episodes
             ],
         )
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _concatenate(parts: Sequence[Observation]) -> Observation:

@@ -49,8 +49,8 @@ def _environment(c: FlatConfig) -> Iterator[str]:
 
 
 def _contradictions(c: FlatConfig) -> Iterator[str]:
-    if c.chain_noise == "flow_sde" and c.noise_last_step_only:
-        yield "noise_last_step_only contradicts chain_noise=flow_sde, which draws the noisy step: drop one"
+    if c.chain_noise == "flow_sde":
+        yield from _flow_sde(c)
     if c.sigma_min > c.sigma_max:
         yield f"sigma_min={c.sigma_min} exceeds sigma_max={c.sigma_max}: swap them, or make them equal for fixed noise"
     if c.policy_optimizer == "natural" and c.target_kl == 0:
@@ -68,10 +68,21 @@ def _contradictions(c: FlatConfig) -> Iterator[str]:
         )
 
 
+def _flow_sde(c: FlatConfig) -> Iterator[str]:
+    """What Flow-SDE's noise, whose std is given by the time alone, cannot be joined with."""
+    if c.noise_last_step_only:
+        yield "noise_last_step_only contradicts chain_noise=flow_sde, which draws the noisy step: drop one"
+    if c.entropy_coeff:
+        yield f"entropy_coeff={c.entropy_coeff} changes nothing with chain_noise=flow_sde, whose std is given: drop it"
+    if c.train_noise_head and not (c.train_action_head or c.train_time_mlp or c.train_full_expert):
+        yield "train_noise_head alone trains nothing with chain_noise=flow_sde: train a part of the policy"
+
+
 def _sizes(c: FlatConfig) -> Iterator[str]:
     if c.n_action_steps > c.chunk_size > 0:
         yield f"n_action_steps={c.n_action_steps} exceeds chunk_size={c.chunk_size}: execute at most the whole chunk"
-    if c.chunks_per_episode and c.n_action_steps and c.chunks_per_episode * c.n_action_steps != c.max_steps_per_episode:
+    whole = c.chunks_per_episode * c.n_action_steps
+    if whole and whole != c.max_steps_per_episode and not c.env_id:
         yield (
             f"chunks_per_episode={c.chunks_per_episode} x n_action_steps={c.n_action_steps} is not "
             f"max_steps_per_episode={c.max_steps_per_episode}: change one of them"
@@ -189,7 +200,7 @@ def _gym(c: FlatConfig) -> Iterator[str]:
         yield f"env_id={c.env_id} is seen by its state, model_type={c.model_type} by images: use model_type=flow_mlp"
     if c.credit != "decision":
         yield f"credit={c.credit} needs the arm's simulator state: drop it with env_id={c.env_id}"
-    unread = ("use_subproc_env", "render", "control_hz", "rename_map", "calibration")
+    unread = ("use_subproc_env", "render", "control_hz", "rename_map", "calibration", "auto_scale")
     for name in unread:
         if getattr(c, name):
             yield f"{name} is of the arm and not read with env_id={c.env_id}: drop it"

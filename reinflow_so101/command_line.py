@@ -31,6 +31,7 @@ CHANGEABLE_ON_RESUME = {
 
 # What a version without the field did, where that is not the field's default now.
 IMPLIED: dict[str, Any] = {"joint_frame": "lerobot", "normalization": "policy"}
+EPISODES = ("--episodes", "--num-episodes", "--num_episodes")
 WAYS = {"resume", "output_dir", "checkpoint_path"}  # how a run is opened: not taken from another run's config.json
 
 SMOKE = {  # the sizes of --smoke: every stage of a training once, of any preset
@@ -163,13 +164,17 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
             flag_value(argv, "--checkpoint-path", "--checkpoint_path"),
             flag_value(argv, "--output-dir", "--output_dir"),
         )
+        saved: Any = saved_config(run, type(next(iter(presets.values()))))
+        if flag_value(argv, *EPISODES) and saved.total_timesteps:
+            raise ConfigError(
+                f"num_episodes: the run in {run} counts control steps (total_timesteps={saved.total_timesteps:,}): "
+                "give --total-timesteps"
+            )
         shown = {"render": False} if "--headless" in argv else {}
-        return dataclasses.replace(saved_config(run, type(next(iter(presets.values())))), **shown)
+        return dataclasses.replace(saved, **shown)
     start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
     start = dataclasses.replace(start, **_task(argv, start, bool(file)))
-    if flag_value(
-        argv, "--episodes", "--num-episodes", "--num_episodes"
-    ):  # it says how long, whatever the preset counts
+    if flag_value(argv, *EPISODES):  # it says how long, whatever the preset counts
         start = dataclasses.replace(start, total_timesteps=0)
     return dataclasses.replace(start, **(SMOKE if "--smoke" in argv else {}))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinflow import ConfigError
+from reinflow.env import usable_cores
 from reinflow.settings import check_same_settings, config_to_json, cut, read_config, refuse_existing_run
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import (
@@ -20,9 +21,9 @@ from reinflow_so101.command_line import (
 )
 from reinflow_so101.door import LEROBOTS_STEPS, DoorSettings, Entrance, enter
 from reinflow_so101.policy_card import known_env
+from reinflow_so101.presets import PRESET_VALUES
 from reinflow_so101.worlds import check_world, gym_world, make_world, world_card
 from reinflow_vla.directory import brings_its_backbone
-from so101_sim.cores import usable_cores
 from so101_sim.tasks.registry import describe, how_to_choose, nearest_task
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
@@ -111,6 +112,9 @@ def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None
         entrance = Entrance(directory, chunk_size=chunk, n_action_steps=executed, num_denoising_steps=steps)
         if config.env_id:
             check_world(config.world(), sizes["state_dim"], sizes["action_dim"], directory)
+            own = gym_world(directory)
+            if own and own.env_id != config.env_id:
+                entrance.lines.append(f"the policy was made for {own.env_id}, {config.env_id} is played")
     else:
         entrance = enter(directory, door or cut(config, DoorSettings), config.cameras)
     if entrance.problems:
@@ -150,15 +154,22 @@ def published_sizes(config: FlatConfig) -> FlatConfig:
     return _filled(config, published)
 
 
+def _of_one_policy(config: FlatConfig) -> tuple[int, ...]:
+    """Chunk sizes that nobody asked for: the default and the preset's, which are of one policy each."""
+    return type(config).chunk_size, PRESET_VALUES[config.preset].get("chunk_size", 0)
+
+
 def _filled(config: FlatConfig, entrance: Entrance) -> FlatConfig:
     """The config with the sizes of a policy where it leaves them to it; differences become lines of ``entrance``."""
     chunk, executed = config.chunk_size or entrance.chunk_size, config.n_action_steps or entrance.n_action_steps
-    if chunk != entrance.chunk_size and chunk == type(config).chunk_size:  # the default, which is one policy's
+    if chunk != entrance.chunk_size and chunk in _of_one_policy(config):
         entrance.lines.append(f"chunk_size {entrance.chunk_size}, as the policy predicts")
-        chunk = entrance.chunk_size
+        chunk, executed = entrance.chunk_size, entrance.n_action_steps
     executed = min(executed, chunk)
     number, limit = config.chunks_per_episode, config.max_steps_per_episode
-    if number * executed != limit:
+    if config.env_id:  # its time limit may strike within a chunk
+        number = math.ceil(limit / executed)
+    elif number * executed != limit:
         number = math.ceil(limit / executed)
         entrance.lines.append(f"{number} chunks of {executed} an episode: {number * executed} control steps")
     steps = config.num_denoising_steps or entrance.num_denoising_steps
@@ -169,7 +180,8 @@ def _filled(config: FlatConfig, entrance: Entrance) -> FlatConfig:
             entrance.lines.append(f"{name}: {ours} here and in the export, the policy stores {theirs} (0 takes that)")
     return replace(
         config, chunk_size=chunk, n_action_steps=executed, chunks_per_episode=number, num_denoising_steps=steps,
-        max_steps_per_episode=number * executed, image_size=config.image_size or max(entrance.image_size, 8),
+        max_steps_per_episode=limit if config.env_id else number * executed,
+        image_size=config.image_size or max(entrance.image_size, 8),
     )  # fmt: skip
 
 

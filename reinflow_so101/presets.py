@@ -101,8 +101,7 @@ THREE_STAGE: dict[str, Any] = {
     "rollout_steps": 128,
     "chunk_size": 16,
     "n_action_steps": 8,
-    "chunks_per_episode": 19,
-    "max_steps_per_episode": 152,
+    "chunks_per_episode": 0,  # as many as reach the task's 150 control steps: 19, which are 152
     "num_denoising_steps": 8,
     "policy_lr": 3e-5,
     "critic_lr": 1e-4,

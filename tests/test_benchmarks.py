@@ -185,3 +185,8 @@ def test_outcomes_depend_on_policy_and_seed_alone(tmp_path):
     assert len(rows) == 6 and {row["form"] for row in rows} == {"batched", "sequential", "subproc"}
     assert all(row["same outcome"] == row["episodes"] for row in rows)
     assert len({row["success"] for row in rows}) == 1
+
+
+def test_gym_speed(tmp_path):
+    rows = quick("gym_speed", tmp_path)[""]
+    assert all(rate > 0 for row in rows for rate in numbers(row, "steps/s"))

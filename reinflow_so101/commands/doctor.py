@@ -19,6 +19,7 @@ import tyro
 from reinflow import UserError, run_command
 from reinflow.doctor import diagnose
 from reinflow.metrics import METRICS_FILE, read_metrics
+from reinflow.stage import STAGE_FILE
 from reinflow.symptoms import History
 from reinflow_so101.doctor_rules import RULES
 
@@ -39,6 +40,11 @@ def examine(run_dir: Path) -> str:
     Raises:
         UserError: metrics.jsonl or config.json is missing, empty or not readable.
     """
+    if any((run_dir / name).is_file() for name in (STAGE_FILE, "sft.json")):
+        raise UserError(
+            f"{run_dir} is of a supervised stage: what it found is in its findings.jsonl (reinflow-offline-rl) and "
+            "was printed; give the run directory of a training"
+        )
     for name in (METRICS_FILE, "config.json"):
         if not (run_dir / name).is_file():
             raise UserError(f"{run_dir} has no {name}: give the run directory of a training (outputs/train/...)")

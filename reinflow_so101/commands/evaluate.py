@@ -111,6 +111,8 @@ def find_policy(path: str) -> Path:
     root = Path(path)
     best = root / CHECKPOINTS / BEST
     if (root / CHECKPOINTS).is_dir() or (root / PRETRAINED).is_dir():
+        if (supervised := sorted(root.glob(f"{CHECKPOINTS}/[0-9]*/{CONFIG_FILE}"))) and not best.exists():
+            return supervised[-1].parent  # of reinflow-sft, whose checkpoints are policies
         return resolve_checkpoint(best if best.exists() else root) / PRETRAINED
     if not (root / CONFIG_FILE).is_file():
         raise ConfigError(f"policy_path={path} is no run, checkpoint or policy directory (no config.json)")
@@ -173,6 +175,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     if config.video and gym_world(policy_dir):
         raise ConfigError("video shows the arm; the policy acts in a Gymnasium environment: leave it out")
+    if config.task and gym_world(policy_dir):
+        raise ConfigError(f"task={config.task} is of the arm; the policy acts in a Gymnasium environment: leave it out")
     out.mkdir(parents=True, exist_ok=True)  # where nothing can be written nothing is played
     elsewhere = gym_world(policy_dir)
     make_env = partial(make_world, elsewhere or config.env)
@@ -187,7 +191,9 @@ def run_eval(config: EvalConfig) -> EvalResult:
     if config.video:
         # Episodes depend on their seeds alone, so the video shows those that were counted.
         result.video_paths.append(str(record_video(config, act)))
-    path = write_eval_info(out / "eval_info.json", result.to_lerobot_info(TASK_GROUP))
+    path = write_eval_info(
+        out / "eval_info.json", result.to_lerobot_info(elsewhere.env_id if elsewhere else TASK_GROUP)
+    )
     result.print(Console())
     print(f"wrote {path}")
     return result

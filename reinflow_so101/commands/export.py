@@ -18,9 +18,11 @@ import tyro
 from reinflow import ConfigError, run_command
 from reinflow.checkpoint import CHECKPOINTS
 from reinflow.checksums import SUMS_FILE, check_sums, write_sums
+from reinflow_gym.config import GymConfig
 from reinflow_so101.command_line import PATH_FIELDS
 from reinflow_so101.commands.evaluate import find_policy
 from reinflow_so101.policy_card import TRAIN_CONFIG_FILE, known_env, stored_env, write_card
+from reinflow_so101.worlds import gym_world
 from reinflow_vla.directory import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -38,6 +40,18 @@ from so101_sim.tasks.registry import describe, how_to_choose
 
 CARD = "README.md"
 FLAGS = {"preset": "preset", "seed": "seed", "episodes": "num_episodes"}
+
+
+STAGES_OWN = (
+    "stage.json",
+    "sft.json",
+    "metrics.jsonl",
+    "findings.jsonl",
+    "run.lock",
+    "progress",
+    "data",
+    "eval_info.json",
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,12 @@ def export(config: ExportConfig) -> Path:
     refuse_existing(target)
     refuse_inside(target, source)
     check_finite(source)
-    card, known = model_card(source, config.fp32_backbone), known_env(source)
-    left = (SUMS_FILE, TRAIN_CONFIG_FILE, ".git", ".cache")  # the second is full of somebody's own paths
+    elsewhere = gym_world(source)
+    card, known = gym_card(source, elsewhere) if elsewhere else model_card(source, config.fp32_backbone), None
+    if not elsewhere:
+        known = known_env(source)
+    # Somebody's own paths, and what a stage leaves beside its policy.
+    left = (SUMS_FILE, TRAIN_CONFIG_FILE, ".git", ".cache", *STAGES_OWN)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left))
     if known:
         write_card(target, known[0])
@@ -115,6 +133,16 @@ def _widen(source: Path, target: Path) -> None:
     weights = {name: tensor.float() for name, tensor in load_file(target / WEIGHTS_FILE).items()}
     save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
     write_references(target, str(target / VLM_FOLDER))
+
+
+def gym_card(policy_dir: Path, world: GymConfig) -> str:
+    """A README of a policy that acts in a Gymnasium environment."""
+    stored = read_json(policy_dir / CONFIG_FILE)
+    return (
+        f"# flow_mlp fine-tuned by ReinFlow for {world.env_id}\n\n- Observation statistics are in its weights; "
+        f"{stored.get('chunk_size')} actions predicted, {stored.get('num_denoising_steps')} denoising steps\n"
+        "- Evaluate it with `reinflow-eval --policy-path THIS --output-dir D`\n"
+    )
 
 
 def model_card(policy_dir: Path, absolute: bool = False) -> str:
@@ -181,7 +209,7 @@ def run(config: ExportConfig) -> None:
     """Export, and say what plain LeRobot needs of it."""
     target = export(config)
     print(f"wrote {target}")
-    if known_env(target) is None:
+    if gym_world(target) is None and known_env(target) is None:
         print(f"nothing says which task it is for; who evaluates it must: {how_to_choose()}")
     if brings_its_backbone(target) and not config.fp32_backbone:
         print(

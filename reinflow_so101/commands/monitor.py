@@ -36,7 +36,8 @@ NOT_RUNS = {"checkpoints", "progress", "set_aside", "wandb", "pretrained_model"}
 SWEEP_FILE = "sweep.json"  # a sweep's own folder is no run, what is below it is
 ATTEMPTS_FILE = "attempts.jsonl"  # that a sweep writes beside its trainings
 PROCESS_FILE = "process.json"  # and while one of them is at work: who, in the words of a lock
-MARKS = {LOCK_FILE, STAGE_FILE, METRICS_FILE, ATTEMPTS_FILE, PROCESS_FILE}  # of a run's directory
+STAGE_FILES = (STAGE_FILE, "sft.json")  # the second is reinflow-sft's
+MARKS = {LOCK_FILE, *STAGE_FILES, METRICS_FILE, ATTEMPTS_FILE, PROCESS_FILE}  # of a run's directory
 LEAST = ("what", "loss", "return", "last line", "done", "KL", "findings")  # columns that a narrow terminal goes without
 WIDE = 160  # columns where there is no terminal
 PACE_ROWS = 10  # lines of metrics.jsonl that the time left is judged by
@@ -170,7 +171,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def look_at(run_dir: Path, name: str, now: float) -> RunState:
     """One row of the table; what cannot be read is said in it."""
-    metrics, is_stage = run_dir / METRICS_FILE, (run_dir / STAGE_FILE).exists()
+    metrics, is_stage = run_dir / METRICS_FILE, any((run_dir / name).exists() for name in STAGE_FILES)
     age = max(now - metrics.stat().st_mtime, 0.0) if metrics.exists() else None
     holder = owner(run_dir)
     try:
@@ -205,14 +206,15 @@ def _training(run_dir: Path, name: str, rows: Rows, holder: Mapping[str, Any] | 
 
 
 def _stage(run_dir: Path, name: str, rows: Rows, holder: Mapping[str, Any] | None, age: float | None) -> RunState:
-    stage = _json(run_dir / STAGE_FILE)
+    file = next(run_dir / name for name in STAGE_FILES if (run_dir / name).exists())
+    stage = _json(file)
     kind, total = str(stage.get("command", "stage")), stage.get("steps")
     state = "finished" if "record" in stage else "running" if holder else "stopped"
     done, total = last(rows, "step") or 0.0, float(total) if isinstance(total, int | float) else 0.0
     left = None
     if state == "running" and total and done and holder and age is not None:
         since = datetime.fromisoformat(str(holder["since"])).timestamp()
-        first_start = (run_dir / STAGE_FILE).stat().st_mtime  # written then, and again at the end
+        first_start = file.stat().st_mtime  # written then, and again at the end
         if since <= first_start + 60:  # else it was resumed, at a step that no file tells
             left = ((run_dir / METRICS_FILE).stat().st_mtime - since) / done * max(total - done, 0.0)
     tuning = next((row[key] for row in reversed(rows) for key in row if key.startswith("success")), None)

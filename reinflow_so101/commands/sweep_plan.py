@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from reinflow import ConfigError
+from reinflow.env import usable_cores
 from reinflow.settings import Range, check_ranges, config_to_json, type_name
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import CHANGEABLE_ON_RESUME, ThisStart, parse_flags, starting_point
@@ -29,11 +29,6 @@ FREE = CHANGEABLE_ON_RESUME - {
     "report_episodes",
 }  # settings that a sweep may go on with differently
 NO_GRID = {"preset", "seed", "output_dir", "checkpoint_path", "resume", "task"}
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class SweepConfig:
     @property
     def threads(self) -> int:
         """Torch threads of one training."""
-        return max(1, cores() // len(self.slots))
+        return max(1, usable_cores() // len(self.slots))
 
 
 def check_config(config: SweepConfig) -> None:
@@ -178,6 +173,8 @@ def plan_sweep(config: SweepConfig, flags: Sequence[str], presets: Mapping[str, 
         base, _ = parse_flags(
             start, starting_point(start, presets), None, ThisStart(), "reinflow-sweep: flags after --"
         )
+    if base.env_id:
+        raise ConfigError(f"env_id={base.env_id}: a sweep judges by success, which says little there; sweep on the arm")
     experiments, seeds = chosen_experiments(config, base), _seeds(config.seeds)
     later = (seed for seed in itertools.count(max(seeds) + 1))
     extra = list(itertools.islice(later, max(0, config.baseline_seeds - len(seeds))))

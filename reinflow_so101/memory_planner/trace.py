@@ -164,7 +164,8 @@ def trace_passes(config: FlatConfig) -> PassBytes:
 
             def score_and_differentiate(rows: int) -> None:
                 inputs = {name: tensor[:rows].clone() for name, tensor in context.items()}  # taken from the buffer
-                chain_log_prob(policy, inputs, chain[:rows].clone(), spec).log_prob.sum().backward()
+                noisy = torch.zeros(rows, spec.num_noisy_steps, dtype=torch.int64)
+                chain_log_prob(policy, inputs, chain[:rows].clone(), spec, noisy).log_prob.sum().backward()
 
             def update_peak(rows: int) -> int:
                 (natural or policy).zero_grad()

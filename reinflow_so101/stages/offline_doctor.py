@@ -110,7 +110,9 @@ class Watch:
         """``lines``: of metrics.jsonl, up to where the stage goes on from."""
         self.path, self.settings, self.lines = output_dir / FINDINGS_FILE, settings, list(lines)
         done = self.lines[-1]["step"] if self.lines else 0
-        kept = [line for line in read_lines(self.path) if line["progress/iteration"] <= done] if self.path.exists() else []
+        kept = (
+            [line for line in read_lines(self.path) if line["progress/iteration"] <= done] if self.path.exists() else []
+        )
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.shown = {line["rule"] for line in kept}
 

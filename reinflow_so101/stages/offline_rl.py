@@ -4,6 +4,8 @@
     reinflow-sft-mlp --dataset-root runs/half --num-denoising-steps 4 --one-step-share 0 --output-dir runs/bc
     reinflow-offline-rl --policy-dir runs/bc --dataset-root runs/half --output-dir runs/aw
 
+Without --dataset-root it records the first of these itself.
+
 Two critics first learn what the data's own decisions were worth (the next action is the data's: SARSA), so that the
 policy is not moved by values that mean nothing yet. Then policy and critics learn together; the next action is what
 the moving average of the policy would do (`next_action=policy`, the document's), and every chunk of the data is
@@ -13,10 +15,11 @@ self-consistency, with the same weights. The moving average is what is evaluated
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,14 +32,17 @@ from reinflow.stage import StageDirectory, read_stage
 from reinflow_so101.stages.offline_doctor import Watch
 from reinflow_so101.stages.state_data import StateEpisodes, chunks_at, decision_starts, read_state_dataset
 from reinflow_so101.stages.state_game import StateGame, game_of, refuse_other_sizes
+from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from reinflow.flow_mlp import FlowMLP
     from reinflow.offline import Transitions
+    from reinflow_so101.stages.demonstrations import DemoConfig
 
 COMMAND = "reinflow-offline-rl"
+DATA_FOLDER = "data"  # in output_dir, where no data set was named
 HELD_OUT_ROWS = 2_000  # that Q is judged on: enough for a correlation, little to compute
 
 
@@ -46,11 +52,11 @@ class OfflineRlConfig:
 
     policy_dir: Path
     """flow_mlp policy to start from, usually the supervised one of the same data: plain, reflow or shortcut."""
-    dataset_root: str
-    """Data set of states with next.reward and next.done (reinflow-demos --rewards, reinflow-collect), or
-    "minari:ID"."""
     output_dir: Path
     """Gets the policy, reinflow.json, stage.json, metrics.jsonl and findings.jsonl; refused if it exists."""
+    dataset_root: str = ""
+    """Data set of states with next.reward and next.done (reinflow-demos --rewards, reinflow-collect), or "minari:ID".
+    Empty records 300 episodes of the arm's task, half of them by a noisy expert, into output_dir/data."""
     critic_steps: Annotated[int, NOT_NEGATIVE] = 1_000
     """Steps of the critics alone, at the start."""
     steps: Annotated[int, POSITIVE] = 2_000
@@ -90,9 +96,11 @@ class OfflineRlConfig:
     hidden_size: Annotated[int, Range(1, 65_536)] = 256
     """Width of the critics' two hidden layers."""
     target_decay: Annotated[float, Range(0, 0.999999)] = 0.995
-    """Of the moving average of the critics that sets the targets."""
+    """Of the moving average of the critics that sets the targets. The first updates keep less, (1 + n) / (10 + n) after
+    n of them, and this from the 1,800th on."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
-    """Of the moving average of the policy."""
+    """Of the moving average of the policy, which is what is written. The first updates keep less, as above, and this
+    from the 9,000th on."""
     held_out: Annotated[float, Range(0, 0.5)] = 0.1
     """Share of the episodes that nothing is learned from, on which Q is compared with returns."""
     eval_episodes: Annotated[int, NOT_NEGATIVE] = 200
@@ -307,7 +315,8 @@ class OfflineLearner:
 
         from reinflow.offline import value_figures
 
-        rows = self.judged.rows(torch.arange(min(HELD_OUT_ROWS, len(self.judged))))
+        number = min(HELD_OUT_ROWS, len(self.judged))
+        rows = self.judged.rows(torch.linspace(0, len(self.judged) - 1, number).long())  # of all held-out episodes
         with torch.no_grad():
             values = self.critic.least(rows.states, rows.actions[:, : self.policy.n_action_steps])
         return value_figures(values, rows.returns)
@@ -325,6 +334,39 @@ def finest_steps(policy_dir: Path) -> int:
     return stored
 
 
+# --- Data of its own --------------------------------------------------------------------------------------------------
+
+
+def half_noisy(config: OfflineRlConfig, game: StateGame) -> DemoConfig:
+    """What is recorded where no data set was named; raises ConfigError for a policy that is not of the arm."""
+    from reinflow_so101.stages.demonstrations import DemoConfig
+    from so101_sim.tasks.registry import differences, nearest_task
+
+    if not isinstance(game.world, EnvConfig):
+        raise ConfigError(f"dataset_root is empty and {config.policy_dir} is not of the arm's task: name a data set")
+    if other := differences(game.world, nearest_task(game.world)):
+        raise ConfigError(
+            f"dataset_root is empty and the task of {config.policy_dir} has a name's settings but for {sorted(other)}: "
+            "record data of it with reinflow-demos and name that"
+        )
+    return DemoConfig(
+        config.output_dir / DATA_FOLDER, task=nearest_task(game.world), first_seed=1_000, noisy_share=0.5, rewards=True,
+        environment_state=True, images=False,
+    )  # fmt: skip
+
+
+def record_whole(recording: DemoConfig) -> None:
+    """Record it, whole or not at all; nothing to do where a stage that was cut off did."""
+    from reinflow_so101.stages.demonstrations import record
+
+    if recording.output_dir.exists():
+        return
+    part = recording.output_dir.with_name(f"{recording.output_dir.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    record(replace(recording, output_dir=part))
+    part.rename(recording.output_dir)
+
+
 # --- The stage --------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +376,7 @@ def open_learner(config: OfflineRlConfig, game: StateGame) -> OfflineLearner:
 
     given: dict[str, Any] = {"num_denoising_steps": config.num_denoising_steps} if config.num_denoising_steps else {}
     policy = FlowMLP.from_pretrained(config.policy_dir, **given)
-    episodes = read_state_dataset(config.dataset_root, rewards=True)
+    episodes = read_state_dataset(config.dataset_root or str(config.output_dir / DATA_FOLDER), rewards=True)
     refuse_other_sizes(str(config.policy_dir), policy, episodes.state_dim, episodes.action_dim)
     limit = config.time_limit_is_terminal
     limit_ends = game.state_tells_time if limit == "auto" else limit == "yes"
@@ -380,14 +422,20 @@ def fit_offline(config: OfflineRlConfig, learner: OfflineLearner, stage: StageDi
 
 def train_offline(config: OfflineRlConfig) -> dict[str, Any]:
     """Read, train, evaluate, write the policy; returns what was measured."""
+    from reinflow.flow_mlp import FlowMLP
+
     settings: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
     if finest := finest_steps(config.policy_dir):
         settings["finest_steps"] = finest  # for whoever goes on from the result
     game = game_of(config.policy_dir)
-    game = game if game.world else game_of(config.dataset_root)
+    game = game if game.world or not config.dataset_root else game_of(config.dataset_root)
+    recording = None if config.dataset_root else half_noisy(config, game)
     print(f"task: {game}", flush=True)
     seeds = range(config.eval_seed, config.eval_seed + config.eval_episodes)
     with StageDirectory.open(config.output_dir, settings, config.resume, COMMAND) as stage:
+        if recording:
+            FlowMLP.from_pretrained(config.policy_dir)  # what is wrong with it shows before minutes of recording
+            record_whole(recording)
         learner = open_learner(config, game)
         record: dict[str, Any] = {}
 

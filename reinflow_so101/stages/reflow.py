@@ -30,6 +30,7 @@ from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.commands.evaluate import find_policy
 from reinflow_so101.policies import EMBEDDED, PolicySettings, build_policy, family_of
 from reinflow_so101.policy_card import env_of_task, known_env, stored_env, write_card
+from reinflow_so101.worlds import gym_world
 from reinflow_vla.directory import CONFIG_FILE, locate_policy, read_json, weights_file
 from so101_sim.config import EnvConfig
 from so101_sim.tasks.registry import describe, how_to_choose, named
@@ -135,7 +136,7 @@ class ReflowConfig:
         return self.lr or self.teacher_lr * ROUND_SHARES[min(self.round, len(ROUND_SHARES)) - 1]
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "published": {},
     "tiny": {
         "preset": "tiny", "teacher_lr": 1e-3, "warmup_steps": 100, "steps": 4_000, "num_pairs": 12_000,
@@ -183,12 +184,20 @@ class Source:
     @classmethod
     def of(cls, config: ReflowConfig) -> Source:
         """Raises ConfigError or PolicyDirectoryError for what is no such policy."""
+        from reinflow.step_size import STEP_SIZE_FILE
+
         local = config.policy_dir in EMBEDDED or Path(config.policy_dir).is_dir()
         directory = find_policy(config.policy_dir) if local else locate_policy(config.policy_dir)
         family, stored = family_of(directory), read_json(directory / CONFIG_FILE)
         if family is None:
             raise ConfigError(
                 f"policy_dir={config.policy_dir} is of type {stored.get('type')}: reflow needs a flow policy"
+            )
+        if (directory / STEP_SIZE_FILE).is_file():
+            raise ConfigError(f"policy_dir={config.policy_dir} is a shortcut policy, which takes long steps already")
+        if elsewhere := gym_world(directory):
+            raise ConfigError(
+                f"policy_dir={config.policy_dir} acts in {elsewhere.env_id}: reflow is of the arm's policies"
             )
         name = "pi0" if "pi0" in family.types else family.types[0]
         if name == "flow_mlp" and config.dataset_root:
@@ -264,7 +273,7 @@ def batch_loss(
     from reinflow_so101.stages.straightness import reflow_loss
 
     rows = torch.randint(pairs.num_training, (config.batch_size,), generator=generator)
-    time = torch.rand(config.batch_size, generator=generator)
+    time = 1 - torch.rand(config.batch_size, generator=generator)  # never 0, where a velocity has no meaning
     time[torch.rand(config.batch_size, generator=generator) < config.one_step_share] = 1.0
     context, x_0, x_1 = pairs.batch(policy, rows)
     return reflow_loss(policy, context, x_0, x_1, time.to(policy.device))[0], {}
@@ -462,7 +471,7 @@ def parse_args(argv: Sequence[str]) -> ReflowConfig:
     import tyro
 
     name = flag_value(argv, "--preset") or "published"
-    given = PRESETS.get(name, {})  # tyro names the known ones
+    given = SIZES.get(name, {})  # tyro names the known ones
     default = replace(ReflowConfig(policy_dir=tyro.MISSING, output_dir=tyro.MISSING), **given)
     return tyro.cli(ReflowConfig, args=list(argv), default=default, description=__doc__, prog=COMMAND)
 

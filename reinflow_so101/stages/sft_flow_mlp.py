@@ -120,7 +120,13 @@ class FlowMlpSftConfig:
             raise FlowMlpSftError(f"n_action_steps is {self.n_action_steps}: use at most chunk_size={self.chunk_size}")
         if self.every_frame and not self.dataset_root:
             raise FlowMlpSftError("every_frame is for a data set: give dataset_root, or leave it out")
-        if not 0 <= self.jitter < self.chunk_size:
+        scripted = {f.name: f.default for f in fields(self) if f.name in ("episodes", "first_seed", "task")}
+        given = [name for name, default in scripted.items() if getattr(self, name) != default]
+        if self.dataset_root and given:
+            raise FlowMlpSftError(
+                f"{', '.join(given)} not read with dataset_root, which says them itself: leave it out"
+            )
+        if not self.every_frame and not 0 <= self.jitter < self.chunk_size:
             raise FlowMlpSftError(f"jitter is {self.jitter}: use 0 to chunk_size - 1")
         if not 0.0 <= self.one_step_share <= 1.0:
             raise FlowMlpSftError(f"one_step_share is {self.one_step_share}: use 0 to 1")

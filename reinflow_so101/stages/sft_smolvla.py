@@ -186,7 +186,7 @@ def with_action_statistics(
     return make_pre_post_processors(policy.config, dataset_stats=stats)
 
 
-def _whole_data(config: SftConfig, directory: Path, every: int) -> Demonstrations:
+def whole_data(config: SftConfig, directory: Path, every: int) -> Demonstrations:
     """The demonstrations, checked before they are decoded; raises SftError."""
     cameras = recorded_cameras(config, directory)
     check_dataset(config.dataset_root, list(cameras.values()), config.control_hz)
@@ -224,7 +224,7 @@ def _finetune(config: SftConfig, stage: StageDirectory) -> dict[str, Any]:
     started = time.perf_counter()
     directory = FAMILIES["smolvla"].directory(str(config.policy_dir))
     every = int(read_json(directory / CONFIG_FILE).get("n_action_steps") or DECISION_STEPS)
-    data = _whole_data(config, directory, every)
+    data = whole_data(config, directory, every)
     available = len(data.state) - config.held_out
     episodes = config.episodes or available
     game = played(config, directory, int(np.median(data.lengths)), every)

@@ -86,7 +86,8 @@ class ShortcutConfig:
     consistency_weight: Annotated[float, Range(0, 100)] = 1.0
     """Of the long steps' mean loss beside that of flow matching."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
-    """Of the moving average that sets the targets, and that is what is evaluated and written."""
+    """Of the moving average that sets the targets, and that is what is evaluated and written. The first updates keep
+    less, (1 + n) / (10 + n) after n of them, and this from the 9,000th on."""
     hidden_size: Annotated[int, Range(1, 65_536)] = 256
     """Width of a new flow_mlp's three hidden layers."""
     chunk_size: Annotated[int, Range(1, 1_000)] = 50
@@ -158,8 +159,9 @@ class ShortcutConfig:
 
     def of_flow_mlp(self) -> FlowMlpSftConfig:
         """What reinflow-sft-mlp's functions take."""
+        scripted = SCRIPTED_EPISODES if self.dataset_root else self.episodes or SCRIPTED_EPISODES
         return cut(
-            self, FlowMlpSftConfig, task=self.task or SCRIPTED_TASK, episodes=self.episodes or SCRIPTED_EPISODES,
+            self, FlowMlpSftConfig, task=self.task or SCRIPTED_TASK, episodes=scripted,
             dataset_episodes=self.episodes, one_step_share=0.0, num_denoising_steps=self.num_steps[0],
         )  # fmt: skip
 
@@ -333,7 +335,7 @@ def smolvla_student(config: ShortcutConfig, start: Path) -> Student:
 
     asked = config.of_smolvla(config.num_steps[0])
     every = int(read_json(start / CONFIG_FILE).get("n_action_steps") or DECISION_STEPS)
-    data = sft._whole_data(asked, start, every)
+    data = sft.whole_data(asked, start, every)
     episodes = config.episodes or len(data.state)
     game = sft.played(asked, start, int(np.median(data.lengths)), every)
     print(f"{episodes} episodes, {len(data.images)} cameras\n{game.summary()}", flush=True)

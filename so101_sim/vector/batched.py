@@ -10,9 +10,9 @@ import numpy as np
 from mujoco.batch import Batch
 from numpy.typing import NDArray
 
+from reinflow.env import usable_cores
 from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
-from so101_sim.cores import usable_cores
 from so101_sim.episode import ChunkScore, EpisodeLog
 from so101_sim.scene import INTEGRATION_STATE
 from so101_sim.vector.base import InProcessVectorEnv, episode_generator

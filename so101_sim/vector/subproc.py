@@ -27,9 +27,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from reinflow import UserError
-from reinflow.env import ChunkResult, Observation
+from reinflow.env import ChunkResult, Observation, usable_cores
 from so101_sim.config import EnvConfig
-from so101_sim.cores import usable_cores
 from so101_sim.vector.base import ObservationBuffer, SO101VectorEnv
 from so101_sim.vector.sequential import SequentialVectorEnv
 

@@ -14,7 +14,10 @@ from reinflow.metrics import read_metrics
 from reinflow_gym.config import GymConfig
 from reinflow_so101.commands.evaluate import parse_args as parse_eval
 from reinflow_so101.commands.evaluate import run_eval
+from reinflow_so101.commands.export import ExportConfig, export
+from reinflow_so101.opening import settle
 from reinflow_so101.worlds import gym_world, write_world_card
+from so101_mujoco_utils import model_dir
 from train_reinflow import PRESETS, parse_args, train
 
 WORLD = GymConfig("InvertedPendulum-v5", 40)
@@ -79,7 +82,35 @@ def test_what_does_not_fit_is_named_at_once(policy_dir, tmp_path):
         parse_args(["--preset", "tiny", "--env-id", "Hopper-v5"])
     with pytest.raises(ConfigError, match="render"):
         config_of(policy_dir, tmp_path / "run", "--render")
+    with pytest.raises(ConfigError, match=r"task=lift is of the arm"):
+        run_eval(parse_eval(["--policy-path", str(policy_dir), "--output-dir", str(tmp_path / "e"), "--task", "lift"]))
     assert not (tmp_path / "run").exists() and gym_world(policy_dir) == WORLD
+
+
+def test_another_environment_of_the_same_sizes_is_said_and_its_time_limit_kept(policy_dir, tmp_path, capsys):
+    config = replace(config_of(policy_dir, tmp_path / "run"), env_id="MountainCarContinuous-v0")
+    with pytest.raises(ConfigError, match="states of 2"):
+        settle(config, policy_dir)
+    settled = settle(replace(config, env_id="InvertedPendulum-v4", max_steps_per_episode=42), policy_dir)
+    assert "made for InvertedPendulum-v5, InvertedPendulum-v4 is played" in capsys.readouterr().out
+    assert (settled.max_steps_per_episode, settled.chunks_per_episode) == (42, 11)  # the last chunk is cut off
+
+
+def test_an_export_leaves_behind_what_a_stage_wrote(policy_dir, tmp_path):
+    for name in ("stage.json", "metrics.jsonl", "run.lock"):
+        (policy_dir / name).write_text("{}")
+    target = export(ExportConfig(str(policy_dir), tmp_path / "export"))
+    left = {path.name for path in target.iterdir()}
+    assert left == {"config.json", "model.safetensors", "reinflow.json", "README.md", "checksums.json"}
+    assert "InvertedPendulum-v5" in (target / "README.md").read_text()
+
+
+def test_a_presets_chunk_yields_to_the_policys(tmp_path, capsys):
+    config = parse_args(["--preset", "three-stage", "--no-wandb"])
+    assert (config.chunk_size, config.n_action_steps) == (16, 8)
+    settled = settle(config, model_dir() / "flow_mlp")
+    assert (settled.chunk_size, settled.n_action_steps, settled.max_steps_per_episode) == (50, 50, 150)
+    assert "chunk_size 50, as the policy predicts" in capsys.readouterr().out
 
 
 def test_episodes_given_as_a_flag_count_instead_of_the_presets_timesteps():

@@ -22,7 +22,7 @@ from reinflow_so101.policy_card import stored_env, write_card
 from reinflow_so101.stages import demonstrations
 from reinflow_so101.stages.observations import ObservationsError, Pairs, _decided, make_pairs
 from reinflow_so101.stages.reflow import (
-    PRESETS,
+    SIZES,
     ReflowConfig,
     Source,
     check_config,
@@ -46,7 +46,7 @@ def small(policy_dir: str | Path, output_dir: Path, **changes) -> ReflowConfig:
         "measure_every": 4, "save_every": 4, "eval_steps_k": (1, 2), "eval_episodes": 0, "num_parallel_envs": 2,
         "teacher_steps": 3,
     }  # fmt: skip
-    return ReflowConfig(str(policy_dir), output_dir, **(PRESETS["tiny"] | settings | changes))
+    return ReflowConfig(str(policy_dir), output_dir, **(SIZES["tiny"] | settings | changes))
 
 
 def rows_of(directory: Path) -> list[dict]:

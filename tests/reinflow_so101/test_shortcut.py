@@ -154,7 +154,6 @@ def test_it_learns_from_a_data_set_of_states_and_executes_a_part_of_a_chunk(tmp_
     rng = np.random.default_rng(0)
     states, actions = ([rng.normal(size=(20, d)).astype(np.float32) for _ in range(3)] for d in (5, 2))
     write_state_dataset(tmp_path / "data", StateEpisodes(states, actions, None, [False] * 3), 50, "walk", {})
-    (tmp_path / "data/meta/reinflow.json").unlink()  # as of a data set made elsewhere
     small = SMALL | {"chunk_size": 8, "n_action_steps": 4, "num_steps": (2,), "eval_episodes": 5}
     config = ShortcutConfig(tmp_path / "out", dataset_root=str(tmp_path / "data"), **small)
     assert train_shortcut(config)["K2"] == {}  # nothing says what could be played
