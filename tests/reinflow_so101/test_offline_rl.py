@@ -59,8 +59,8 @@ def one_thread() -> Iterator[None]:
 
 def small(home: Path, name: str, **changes: object) -> OfflineRlConfig:
     config = OfflineRlConfig(
-        home / "policy", str(home / "data"), home / name, critic_steps=20, steps=60, batch_size=16, hidden_size=16,
-        held_out=0.25, eval_episodes=0, save_every=10, log_every=5,
+        home / "policy", home / name, dataset_root=str(home / "data"), critic_steps=20, steps=60, batch_size=16,
+        hidden_size=16, held_out=0.25, eval_episodes=0, save_every=10, log_every=5,
     )  # fmt: skip
     return replace(config, **changes)
 
@@ -134,7 +134,7 @@ def test_transitions_by_hand() -> None:
     rows = [np.arange(5, dtype=np.float32)[:, None] + 10 * number for number in range(2)]
     paid = [np.array([1, 2, 4, 0, 0], np.float32), np.array([1, 1, 1, 1, 1], np.float32)]
     data = StateEpisodes(rows, [r / 10 for r in rows], paid, [True, False], [3, 5])
-    config = OfflineRlConfig(Path("p"), "d", Path("o"), gamma=0.5, reward_scale=1.0)
+    config = OfflineRlConfig(Path("p"), Path("o"), "d", gamma=0.5, reward_scale=1.0)
     starts = [(0, 0), (0, 2), (1, 2), (1, 4)]
     over = make_transitions(data, starts, policy, config, limit_ends=True)
     assert over.states[:, 0].tolist() == [0, 2, 12, 14] and over.actions.shape == (4, 3, 1)
@@ -191,7 +191,7 @@ SICK = {
 
 
 def watch(directory: Path, lines: list[dict[str, float]] | None = None) -> Watch:
-    config = OfflineRlConfig(Path("p"), "d", directory)
+    config = OfflineRlConfig(Path("p"), directory, "d")
     return Watch(directory, vars(config), lines or [])
 
 
