@@ -57,7 +57,9 @@ def make_single(config: GymConfig) -> gymnasium.Env[Any, Any]:
         raise ConfigError(f"env_id={config.env_id} cannot be made ({reason}): {WORKS}") from error
     observed = env.observation_space
     if not (isinstance(observed, Box) and len(observed.shape) == 1) and observed.is_np_flattenable:
-        env = gymnasium.wrappers.FlattenObservation(env)  # dictionaries of goal-conditioned tasks, stacked boxes
+        flat = gymnasium.spaces.flatten_space(observed)
+        if np.issubdtype(flat.dtype, np.floating):  # dictionaries of goal-conditioned tasks, stacked boxes
+            env = gymnasium.wrappers.FlattenObservation(env)
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
             env.close()

@@ -164,7 +164,9 @@ def _filled(config: FlatConfig, entrance: Entrance) -> FlatConfig:
     chunk, executed = config.chunk_size or entrance.chunk_size, config.n_action_steps or entrance.n_action_steps
     if chunk != entrance.chunk_size and chunk in _of_one_policy(config):
         entrance.lines.append(f"chunk_size {entrance.chunk_size}, as the policy predicts")
-        chunk, executed = entrance.chunk_size, entrance.n_action_steps
+        if chunk != type(config).chunk_size:  # the preset's executes a part of it that is as little another policy's
+            executed = entrance.n_action_steps
+        chunk = entrance.chunk_size
     executed = min(executed, chunk)
     number, limit = config.chunks_per_episode, config.max_steps_per_episode
     if config.env_id:  # its time limit may strike within a chunk
