@@ -159,9 +159,11 @@ class ShortcutConfig:
 
     def of_flow_mlp(self) -> FlowMlpSftConfig:
         """What reinflow-sft-mlp's functions take."""
-        scripted = SCRIPTED_EPISODES if self.dataset_root else self.episodes or SCRIPTED_EPISODES
+        scripted = {"episodes": self.episodes or SCRIPTED_EPISODES, "first_seed": self.first_seed}
+        if self.dataset_root:  # which says them itself
+            scripted = {"episodes": SCRIPTED_EPISODES, "first_seed": FlowMlpSftConfig.first_seed}
         return cut(
-            self, FlowMlpSftConfig, task=self.task or SCRIPTED_TASK, episodes=scripted,
+            self, FlowMlpSftConfig, task=self.task or SCRIPTED_TASK, **scripted,
             dataset_episodes=self.episodes, one_step_share=0.0, num_denoising_steps=self.num_steps[0],
         )  # fmt: skip
 
