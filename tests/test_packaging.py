@@ -57,7 +57,7 @@ def test_wheel_holds_every_command(installed):
 
 
 def test_wheel_holds_the_packages_and_the_five_files_and_nothing_else(installed):
-    packages = {"reinflow", "so101_sim", "reinflow_vla", "reinflow_so101"}
+    packages = {"reinflow", "so101_sim", "reinflow_vla", "reinflow_gym", "reinflow_so101"}
     top = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
     assert top == packages | {p.name for p in ROOT.glob("*.py")}
     for package in packages:
