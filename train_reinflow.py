@@ -325,10 +325,13 @@ class TrainingConfig:
         return GymConfig(self.env_id, self.max_steps_per_episode) if self.env_id else self.env()
 
     def env(self) -> EnvConfig:
-        """The arm's environment."""
+        """The arm's environment; with env_id, whose time limit is its own, the one that is not played."""
         blind = self.model_type == "flow_mlp"  # it sees the simulator's state and no pixels
         privileged = blind or self.critic_input == "state"
-        return cut(self, EnvConfig, joint_frame="lerobot", render_images=not blind, environment_state=privileged)
+        given = {"max_steps_per_episode": EnvConfig.max_steps_per_episode} if self.env_id else {}
+        return cut(
+            self, EnvConfig, joint_frame="lerobot", render_images=not blind, environment_state=privileged, **given
+        )
 
     def policy(self) -> PolicySettings:
         """Which policy, and what of it learns."""
