@@ -31,5 +31,5 @@ def test_the_readmes_three_commands(tmp_path):
         json.loads((tmp_path / f"runs/rl/eval_{when}.json").read_text())["overall"]["pc_success"]
         for when in ("before", "after")
     )
-    assert policies["after"]["success"] >= policies["before"]["success"] - 0.05
-    assert after >= 90.0 and after >= before
+    assert policies["after"]["success"] > policies["before"]["success"]
+    assert after >= 85.0 and after > before
