@@ -208,9 +208,10 @@ def _training(run_dir: Path, name: str, rows: Rows, holder: Mapping[str, Any] | 
 def _stage(run_dir: Path, name: str, rows: Rows, holder: Mapping[str, Any] | None, age: float | None) -> RunState:
     file = next(run_dir / name for name in STAGE_FILES if (run_dir / name).exists())
     stage = _json(file)
-    kind, total = str(stage.get("command", "stage")), stage.get("steps")
+    kind, parts = str(stage.get("command", "stage")), [stage.get("steps"), stage.get("critic_steps", 0)]
     state = "finished" if "record" in stage else "running" if holder else "stopped"
-    done, total = last(rows, "step") or 0.0, float(total) if isinstance(total, int | float) else 0.0
+    known = all(isinstance(part, int | float) for part in parts)
+    done, total = last(rows, "step") or 0.0, float(sum(parts)) if known else 0.0
     left = None
     if state == "running" and total and done and holder and age is not None:
         since = datetime.fromisoformat(str(holder["since"])).timestamp()
