@@ -422,8 +422,9 @@ def fit_offline(config: OfflineRlConfig, learner: OfflineLearner, stage: StageDi
 
 def train_offline(config: OfflineRlConfig) -> dict[str, Any]:
     """Read, train, evaluate, write the policy; returns what was measured."""
-    from reinflow.flow_mlp import FlowMLP
+    from reinflow.flow_mlp import FlowMLP, read_sizes
 
+    read_sizes(config.policy_dir)  # refuses what is no such policy
     settings: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
     if finest := finest_steps(config.policy_dir):
         settings["finest_steps"] = finest  # for whoever goes on from the result
