@@ -137,6 +137,24 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
     return [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole; [] where there is none."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"line {number} of {path.name} is damaged") from error
+        if not isinstance(row, dict):
+            raise UserError(f"line {number} of {path.name} is damaged")
+        rows.append(row)
+    return rows
+
+
 def _read_line(path: Path | str, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())

@@ -20,9 +20,10 @@ from typing import Any, Self
 from reinflow import ConfigError, UserError
 from reinflow.checksums import write_atomically
 from reinflow.lock import LOCK_FILE, RunLock
+from reinflow.metrics import METRICS_FILE, read_rows
 from reinflow.settings import check_same_settings
 
-STAGE_FILE, STAGE_METRICS, PROGRESS = "stage.json", "metrics.jsonl", "progress"
+STAGE_FILE, PROGRESS = "stage.json", "progress"
 WAYS = ("resume", "output_dir", "num_threads")  # settings that say how a stage is opened, not what it is
 
 
@@ -77,27 +78,20 @@ class StageDirectory:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The figures so far; a last line that was cut off is left out."""
-        path = self.output_dir / STAGE_METRICS
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        """The figures so far; a last line that was cut off is left out, one damaged before it is a UserError."""
+        return read_rows(self.output_dir / METRICS_FILE)
 
     def resumed_at(self, step: int) -> None:
         """Drop the figures after ``step``: they will be written again."""
         kept = [row for row in self.metrics if row.get("step", 0) <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(self.output_dir / STAGE_METRICS, text)
+        write_atomically(self.output_dir / METRICS_FILE, text)
         if step:
             print(f"{self.output_dir}: going on after step {step}", flush=True)
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with (self.output_dir / STAGE_METRICS).open("a", encoding="utf-8") as file:
+        with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
 
     def finish(self, record: Mapping[str, Any]) -> None:
@@ -117,7 +111,7 @@ class StageDirectory:
     ) -> None:
         self.lock.release()
         if kind is not None and not self.finished:
-            left = {path.name for path in self.output_dir.iterdir()} - {self.file, LOCK_FILE, STAGE_METRICS}
+            left = {path.name for path in self.output_dir.iterdir()} - {self.file, LOCK_FILE, METRICS_FILE}
             if left or self.metrics:
                 if not issubclass(kind, UserError):  # an error of the stage's own says what to do
                     print(f"cut off; the same command with --resume goes on in {self.output_dir}", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,35 +90,16 @@ class Progress:
         checkpoint.prune_checkpoints(self.directory, keep=1)
         self.done = step
 
-    def remove(self) -> None:
-        """The stage is finished."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
 
 def _generator_state(generator: torch.Generator | np.random.Generator) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return {"state": _big_as_text(generator.bit_generator.state)}
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.bit_generator.state
 
 
 def _set_generator(generator: torch.Generator | np.random.Generator, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     else:
-        generator.bit_generator.state = _text_as_big(state["state"])
-
-
-def _big_as_text(node: Any) -> Any:
-    """NumPy's 128-bit integers, which JSON readers elsewhere would round."""
-    if isinstance(node, Mapping):
-        return {name: _big_as_text(value) for name, value in node.items()}
-    return f"int:{node}" if type(node) is int else node
-
-
-def _text_as_big(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {name: _text_as_big(value) for name, value in node.items()}
-    return int(node.removeprefix("int:")) if isinstance(node, str) and node.startswith("int:") else node
+        generator.bit_generator.state = state
 
 
 def fit(

@@ -80,9 +80,8 @@ def export(config: ExportConfig) -> Path:
     refuse_inside(target, source)
     check_finite(source)
     elsewhere = gym_world(source)
-    card, known = gym_card(source, elsewhere) if elsewhere else model_card(source, config.fp32_backbone), None
-    if not elsewhere:
-        known = known_env(source)
+    card = gym_card(source, elsewhere) if elsewhere else model_card(source, config.fp32_backbone)
+    known = None if elsewhere else known_env(source)
     # Somebody's own paths, and what a stage leaves beside its policy.
     left = (SUMS_FILE, TRAIN_CONFIG_FILE, ".git", ".cache", *STAGES_OWN)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left))

@@ -25,7 +25,7 @@ import tyro
 from reinflow import ConfigError, UserError, run_command
 from reinflow.doctor import FINDINGS_FILE
 from reinflow.lock import LOCK_FILE
-from reinflow.metrics import METRICS_FILE
+from reinflow.metrics import METRICS_FILE, read_rows
 from reinflow.settings import CONFIG_FILE, Range, check_ranges
 from reinflow.stage import STAGE_FILE
 
@@ -112,24 +112,6 @@ def find_runs(root: Path) -> Iterator[Path]:
         below[:] = sorted(name for name in below if name not in NOT_RUNS and not name.startswith("."))
         if SWEEP_FILE not in files and not MARKS.isdisjoint(files):
             yield Path(folder)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole; [] where there is none."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"line {number} of {path.name} is damaged") from error
-        if not isinstance(row, dict):
-            raise UserError(f"line {number} of {path.name} is damaged")
-        rows.append(row)
-    return rows
 
 
 def failed(run_dir: Path) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reinflow import UserError
-from reinflow.metrics import METRICS_FILE
+from reinflow.metrics import METRICS_FILE, read_rows
 from reinflow.settings import CONFIG_FILE, holds_run
 from reinflow_so101.commands.monitor import (
     ATTEMPTS_FILE,
@@ -32,7 +32,6 @@ from reinflow_so101.commands.monitor import (
     failed,
     last,
     owner,
-    read_rows,
 )
 from reinflow_so101.commands.sweep_plan import PlannedRun, Sweep
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from reinflow import UserError
-from reinflow.metrics import METRICS_FILE
-from reinflow_so101.commands.monitor import iteration_seconds, last, read_rows, wide_console
+from reinflow.metrics import METRICS_FILE, read_rows
+from reinflow_so101.commands.monitor import iteration_seconds, last, wide_console
 from reinflow_so101.commands.sweep_experiments import BASELINE, EXPECTED
 from reinflow_so101.commands.sweep_launcher import EVAL_AFTER, attempts_of, last_line, state_of
 from reinflow_so101.commands.sweep_plan import PlannedRun, Sweep
