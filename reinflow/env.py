@@ -71,6 +71,8 @@ class EpisodeStats:
     reward_terms: dict[str, float] = field(default_factory=dict)  # sums over the episode; they add up to return_
     extras: dict[str, float] = field(default_factory=dict)  # by the names of ChunkVectorEnv.extras
     broken: bool = False  # the simulation broke down in it: it counts for nothing
+    outcome: str = ""  # how it ended, a name of ChunkVectorEnv.outcomes
+    facts: dict[str, float] = field(default_factory=dict)  # by the names of ChunkVectorEnv.facts
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,14 @@ class ChunkVectorEnv(ABC):
     """What EpisodeStats.extras holds; every name becomes a metric."""
     objective: ClassVar[Literal["success", "return"]] = "success"
     """What an evaluation chooses the best policy by."""
+    outcomes: ClassVar[Mapping[str, str]] = {}
+    """How an episode can end, name -> explanation, successes first, then failures from the least to the most that a
+    policy got done; judged by the simulator's truth."""
+    facts: ClassVar[Mapping[str, Extra]] = {}
+    """What EpisodeStats.facts holds: figures of single episodes that an evaluation keeps and that are no metrics, such
+    as where the episode started."""
+    start_facts: ClassVar[tuple[str, ...]] = ()
+    """Those of ``facts`` that say where an episode started; the first two span a map of the task."""
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Observation:

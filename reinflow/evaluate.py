@@ -63,6 +63,8 @@ class EpisodeRow:
     length: int  # control steps
     max_reward: float  # of one control step
     extras: Mapping[str, float] = field(default_factory=dict)  # what the environment reports besides
+    outcome: str = ""  # how it ended, by the environment's outcomes
+    facts: Mapping[str, float] = field(default_factory=dict)  # by the environment's facts
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class EvalResult:
     video_paths: list[str] = field(default_factory=list)
     broken_seeds: tuple[int, ...] = ()  # of episodes in which the simulation broke down; they count as failures
     objective: Literal["success", "return"] = "success"  # of the environment
+    outcomes: Mapping[str, str] = field(default_factory=dict)  # of the environment, as the next two
+    facts: Mapping[str, Extra] = field(default_factory=dict)
+    start_facts: tuple[str, ...] = ()
 
     @property
     def num_successes(self) -> int:
@@ -158,8 +163,9 @@ class EvalResult:
         """eval_info.json as lerobot-eval 0.6 writes it (per_task, per_group, overall), with more beside.
 
         ``task_group`` and ``task_id`` name the task as LeRobot's benchmarks do; we have one. Added to its keys:
-        ``per_episode`` rows (those of its ``eval_policy``, plus length and extras) and, in ``overall``, the interval of
-        ``pc_success`` and the means of length and extras. All percentages are 0-100.
+        ``per_episode`` rows (those of its ``eval_policy``, plus length, extras, outcome and facts), ``terms``, which
+        explain outcomes and facts, and, in ``overall``, the interval of ``pc_success`` and the means of length and
+        extras. All percentages are 0-100.
         """
         n = len(self.episodes)
         returns = [row.return_ for row in self.episodes]
@@ -189,10 +195,20 @@ class EvalResult:
             "per_group": {task_group: dict(aggregates)},
             "overall": aggregates | timing | extra,
             "per_episode": [self._lerobot_row(i, row) for i, row in enumerate(self.episodes)],
-        }
+        } | self._terms()
+
+    def _terms(self) -> dict[str, Any]:
+        """What explains the outcomes and facts of the rows, where the environment tells them."""
+        if not self.outcomes and not self.facts:
+            return {}
+        facts = {n: {"explanation": fact.explanation, "unit": fact.unit} for n, fact in self.facts.items()}
+        return {"terms": {"outcomes": dict(self.outcomes), "facts": facts, "start_facts": list(self.start_facts)}}
 
     def _lerobot_row(self, index: int, row: EpisodeRow) -> dict[str, Any]:
         values = asdict(row)
+        for name in ("outcome", "facts"):
+            if not values[name]:  # the environment tells none
+                del values[name]
         extras = {self.extras[name].key(name): value for name, value in values.pop("extras").items()}
         return {"episode_ix": index, "sum_reward": values.pop("return_"), **values, **extras}
 
@@ -266,6 +282,9 @@ def evaluate(
         extras=vector_env.extras,
         broken_seeds=tuple(broken),
         objective=getattr(vector_env, "objective", "success"),
+        outcomes=getattr(vector_env, "outcomes", {}),
+        facts=getattr(vector_env, "facts", {}),
+        start_facts=getattr(vector_env, "start_facts", ()),
     )
 
 
@@ -324,6 +343,8 @@ def _row(stats: EpisodeStats, max_reward: float) -> EpisodeRow:
         length=int(stats.length),
         max_reward=float(max_reward),
         extras=stats.extras,
+        outcome=getattr(stats, "outcome", ""),
+        facts=getattr(stats, "facts", {}),
     )
 
 
