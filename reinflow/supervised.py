@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reinflow import UserError, checkpoint
+from reinflow.progress import progress_bar
 from reinflow.schedules import warmup_cosine
 from reinflow.training_state import load_optimizer, rng_state, set_rng_state, strict_load
 
@@ -107,14 +108,16 @@ def fit(
     loss: Callable[[], tuple[Tensor, Mapping[str, float]]],
     settings: FitSettings,
     progress: Progress | None = None,
+    label: str = "training",
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Descend; the loop's body averages, evaluates and saves between the steps.
+    """Descend, with a bar; the loop's body averages, evaluates and saves between the steps.
 
     Args:
         parameters: what learns.
         loss: draws a batch; its loss with a graph, and figures to report.
         settings: of the descent.
         progress: what to go on from, and where to keep it: every so many steps after the loop's body.
+        label: of the bar.
 
     Yields:
         After every optimiser step its number, from 1 or from the one after ``progress.done``, and the figures with
@@ -129,19 +132,23 @@ def fit(
     )
     if progress:
         progress.restore(optimizer, schedule)
-    for step in range(progress.done + 1 if progress else 1, settings.steps + 1):
-        value, info = loss()
-        if not bool(torch.isfinite(value.detach())):
-            raise FitError(f"the loss is not finite at step {step}: lower lr={settings.lr}")
-        optimizer.zero_grad()
-        value.backward()
-        limit = settings.grad_clip_norm if settings.grad_clip_norm > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if not bool(torch.isfinite(norm)):
-            raise FitError(f"the gradient is not finite at step {step}: lower lr={settings.lr}")
-        lr = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        schedule.step()
-        yield step, {**info, "loss": float(value.detach()), "grad_norm": float(norm), "lr": lr}
-        if progress and step % progress.every == 0 and step < settings.steps:
-            progress.save(step, optimizer)
+    done = progress.done if progress else 0
+    with progress_bar(f"{label}, steps", settings.steps, done=done) as advance:
+        for step in range(done + 1, settings.steps + 1):
+            value, info = loss()
+            if not bool(torch.isfinite(value.detach())):
+                raise FitError(f"the loss is not finite at step {step}: lower lr={settings.lr}")
+            optimizer.zero_grad()
+            value.backward()
+            limit = settings.grad_clip_norm if settings.grad_clip_norm > 0 else math.inf
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+            if not bool(torch.isfinite(norm)):
+                raise FitError(f"the gradient is not finite at step {step}: lower lr={settings.lr}")
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+            figures = {**info, "loss": float(value.detach()), "grad_norm": float(norm), "lr": lr}
+            yield step, figures
+            if progress and step % progress.every == 0 and step < settings.steps:
+                progress.save(step, optimizer)
+            advance(1, f"loss {figures['loss']:.4g}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from reinflow.progress import tracked
 from reinflow_so101.stages.datasets import Demonstrations
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def image_tokens(policy: SmolVLAPolicy, images: Tensor) -> Tensor:
     key = next(iter(policy.config.image_features))
     parts = []
     with torch.no_grad():
-        for start in range(0, len(images), 128):
+        for start in tracked(range(0, len(images), 128), "encoding images, batches of 128"):
             pixels, _ = policy.prepare_images({key: unit_images(images[start : start + 128])})
             parts.append(policy.model.vlm_with_expert.embed_image(pixels[0]))
     return torch.cat(parts)

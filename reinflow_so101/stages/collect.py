@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from reinflow import ConfigError, run_command
+from reinflow.progress import progress_bar
 from reinflow.seeds import FIRST_TUNING_SEED
 from reinflow.settings import NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges, cut
 from reinflow.stage import StageDirectory
@@ -28,8 +29,6 @@ from reinflow_gym.collect import TARGETS, TrainSettings, known_target, require_s
 from reinflow_gym.config import GymConfig
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from reinflow_gym.collect import Episodes, MediumPolicy
     from reinflow_gym.vector import GymVectorEnv
 
@@ -109,11 +108,10 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     with (
         StageDirectory.open(config.output_dir, settings, config.resume, COMMAND) as stage,
         _vector_env(config.env()) as env,
-        _progress() as progress,
     ):
-        policy = _trained(config, stage, env, progress)
+        policy = _trained(config, stage, env)
         start = time.monotonic()
-        episodes = _recorded(config, policy, env, progress)
+        episodes = _recorded(config, policy, env)
         _write(config, stage, episodes, env.fps)
         returns, lengths = episodes.returns, [len(rewards) for rewards in episodes.rewards]
         figures = {
@@ -142,27 +140,20 @@ def _vector_env(config: GymConfig) -> GymVectorEnv:
     return GymVectorEnv(config, RECORDING_ENVS, num_workers=0)  # a step at a time, which messages would slow down
 
 
-def _progress() -> Progress:
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
-
-
-def _trained(config: CollectConfig, stage: StageDirectory, env: GymVectorEnv, progress: Progress) -> MediumPolicy:
+def _trained(config: CollectConfig, stage: StageDirectory, env: GymVectorEnv) -> MediumPolicy:
     """The policy at its medium level."""
     from reinflow_gym.collect import MediumPolicy, evaluate_return
 
     settings = config.settings()
     policy = MediumPolicy(config.env(), settings, stage.progress_dir)
     stage.resumed_at(policy.steps)
-    bar = progress.add_task("training (at most)", total=settings.max_steps, completed=policy.steps, rate="")
-    reached = math.nan
-    for figures in policy.train(lambda: evaluate_return(env, policy.act, config.eval_episodes)):
-        stage.log(policy.steps, {name: v for name, v in figures.items() if name != "steps" and math.isfinite(v)})
-        reached = figures.get("eval_return", reached)
-        shown = f"return {figures['return']:.0f} of {settings.target_return:.0f}"
-        progress.update(bar, completed=policy.steps, rate=shown)
-    progress.update(bar, total=policy.steps)
+    done, reached = policy.steps, math.nan
+    with progress_bar("training (at most), control steps", settings.max_steps, done=done) as advance:
+        for figures in policy.train(lambda: evaluate_return(env, policy.act, config.eval_episodes)):
+            stage.log(policy.steps, {name: v for name, v in figures.items() if name != "steps" and math.isfinite(v)})
+            reached = figures.get("eval_return", reached)
+            advance(policy.steps - done, f"return {figures['return']:.0f} of {settings.target_return:.0f}")
+            done = policy.steps
     if reached < settings.target_return:
         print(
             f"the training ended at {policy.steps} steps with mean return {reached:.0f}, below target_return="
@@ -172,17 +163,21 @@ def _trained(config: CollectConfig, stage: StageDirectory, env: GymVectorEnv, pr
     return policy
 
 
-def _recorded(config: CollectConfig, policy: MediumPolicy, env: GymVectorEnv, progress: Progress) -> Episodes:
+def _recorded(config: CollectConfig, policy: MediumPolicy, env: GymVectorEnv) -> Episodes:
     from reinflow_gym.collect import record
 
-    bar = progress.add_task("recording", total=config.episodes or config.control_steps, rate="")
+    counted = "episodes" if config.episodes else "control steps"
+    shown = 0
 
     def show(episodes: Episodes) -> None:
+        nonlocal shown
         done = len(episodes.rewards) if config.episodes else episodes.num_steps
-        progress.update(bar, completed=done, rate=f"mean return {np.mean(episodes.returns):.0f}")
+        advance(done - shown, f"mean return {np.mean(episodes.returns):.0f}")
+        shown = done
 
     seeds = range(config.episodes or FIRST_TUNING_SEED)
-    return record(env, policy.act, seeds, 0 if config.episodes else config.control_steps, show)
+    with progress_bar(f"recording, {counted}", config.episodes or config.control_steps) as advance:
+        return record(env, policy.act, seeds, 0 if config.episodes else config.control_steps, show)
 
 
 def _write(config: CollectConfig, stage: StageDirectory, episodes: Episodes, fps: int) -> None:

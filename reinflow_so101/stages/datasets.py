@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import UserError
+from reinflow.progress import spinner, tracked
 from reinflow_so101.stages.demonstrations import DECISION_STEPS, quiet_lerobot
 from reinflow_vla.directory import ACTION, OBS_IMAGES_PREFIX, OBS_STATE, read_json
 from so101_mujoco_utils import JOINT_NAMES, NUM_JOINTS
@@ -152,7 +152,8 @@ def read_demonstrations(
         SftError: it is not there, not whole, or too large for memory.
     """
     check_dataset(root, control_hz=control_hz)
-    dataset, columns = _opened(root, repo_id)
+    with spinner(f"reading {root}"):
+        dataset, columns = _opened(root, repo_id)
     episode, task = columns["episode_index"], columns["task_index"]
     for name in (OBS_STATE, ACTION):
         wrong = ~(np.abs(columns[name]) <= FARTHEST).all(axis=1)  # NaN too
@@ -218,10 +219,9 @@ def _decoded(
 ) -> dict[str, NDArray[np.uint8]]:
     """Images (M, 3, h, w) of these rows by the policy's camera."""
     from lerobot.policies.common.vla_utils import resize_with_pad
-    from rich.progress import track
 
     images: dict[str, NDArray[np.uint8]] = {key: np.empty((len(rows), *shapes[key]), dtype=np.uint8) for key in cameras}
-    for at, row in enumerate(track(rows, "decoding", disable=not sys.stdout.isatty())):
+    for at, row in enumerate(tracked(rows, "decoding, frames")):
         frame = dataset[row]
         for key, recorded in cameras.items():
             image = frame[recorded]

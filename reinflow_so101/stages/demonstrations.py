@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, UserError, run_command
+from reinflow.progress import progress_bar
 from reinflow.settings import FRACTION, POSITIVE, SEED, Range, check_ranges
 from reinflow_so101.policy_card import write_card
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, JOINT_NAMES, compute_reward, is_success
@@ -224,8 +225,6 @@ def record(config: DemoConfig) -> tuple[int, int]:
         DemoError: the root exists, or fewer than one in four episodes of the expert without noise succeeds.
     """
     quiet_lerobot()
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
     from so101_sim.expert import ScriptedExpert
 
     if config.output_dir.exists():
@@ -235,21 +234,19 @@ def record(config: DemoConfig) -> tuple[int, int]:
     expert = ScriptedExpert(env.model)
     dataset = create(config, env.metadata["render_fps"])
     kept = tried = lifted = calm = calm_lifted = 0
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
     try:
-        with Progress(*columns) as progress:
-            bar = progress.add_task("recording", total=config.episodes, rate="")
+        with progress_bar("recording, episodes", config.episodes) as advance:
             while kept < config.episodes:
                 noisy = config.is_noisy(tried)
                 disturbance = config.noisy_disturbance_deg if noisy else config.disturbance_deg
                 frames, success = record_episode(env, expert, config.first_seed + tried, disturbance, noisy)
                 tried += 1
                 lifted, calm, calm_lifted = lifted + success, calm + (not noisy), calm_lifted + (success and not noisy)
-                if success or config.rewards:
+                if keep := success or config.rewards:
                     rewards = reward_columns(env, config.task_env(), frames) if config.rewards else {}
                     store(dataset, frames, env.task, rewards)
                     kept += 1
-                progress.update(bar, completed=kept, rate=f"{lifted} of {tried} lifted")
+                advance(int(keep), f"{lifted} of {tried} lifted")
                 if calm >= 20 and calm_lifted < calm / 4:
                     raise DemoError(
                         f"only {calm_lifted} of {calm} episodes lifted: lower disturbance_deg or the block's ranges"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from reinflow.env import take_rows
 from reinflow.evaluate import EpisodeRow, evaluate, even_batch
 from reinflow.flow import ChainSpec, sample_chain
 from reinflow.policy import Context, FlowPolicy
+from reinflow.progress import progress_bar, tracked
 from reinflow.rollout import act, encode, whole_tiles
 from reinflow_so101.stages.datasets import check_dataset, decisions, read_demonstrations
 from reinflow_vla.directory import OBS_IMAGES_PREFIX
@@ -78,9 +78,11 @@ def play(
         return act(policy, context, spec, actors, [decision] * len(rows), explore=False)[1][: len(playing)]
 
     episodes: list[EpisodeRow] = []
-    with make_env(size) as env, torch.no_grad():
-        for start in track(range(0, len(seeds), size), "the teacher plays"):
-            episodes += evaluate(acting, env, list(seeds[start : start + size])).episodes
+    with make_env(size) as env, torch.no_grad(), progress_bar("the teacher plays, episodes", len(seeds)) as advance:
+        for start in range(0, len(seeds), size):
+            played = evaluate(acting, env, list(seeds[start : start + size])).episodes
+            episodes += played
+            advance(len(played))
     rows = _decided(made, {row.seed: row.length for row in episodes}, policy.n_action_steps)
     if len(rows) < 2:
         raise ObservationsError(f"{len(seeds)} episodes had {len(rows)} decisions: raise episodes")
@@ -121,7 +123,7 @@ def read_frames(
         for frame in frames[_distance(frames, int(data.lengths[episode]), every) <= jitter].tolist()
     ]
     parts = []
-    for start in track(range(0, len(where), BATCH), "encoding the frames"):
+    for start in tracked(range(0, len(where), BATCH), f"encoding the frames, batches of {BATCH}"):
         episode, frame = np.array(where[start : start + BATCH]).T
         images = data.kept[episode, frame]
         observation: Observation = {
@@ -212,7 +214,7 @@ def make_pairs(
     generator = torch.Generator().manual_seed(seed)
     x_0 = torch.randn(len(row), policy.denoised_steps, policy.padded_action_dim, generator=generator)
     pairs = Pairs(contexts, row, x_0, torch.empty_like(x_0), num_held_out)
-    for index in track(torch.arange(len(row)).split(BATCH), "the teacher's actions"):
+    for index in tracked(torch.arange(len(row)).split(BATCH), f"the teacher's actions, batches of {BATCH}"):
         context, noise, _ = pairs.batch(policy, index)
         pairs.x_1[index] = sample_chain(policy, context, spec, noise).chain[:, -1].cpu()
     return pairs

@@ -398,8 +398,6 @@ def open_learner(config: OfflineRlConfig, game: StateGame) -> OfflineLearner:
 
 def fit_offline(config: OfflineRlConfig, learner: OfflineLearner, stage: StageDirectory) -> Watch:
     """The descent, from where it was cut off."""
-    from rich.progress import track
-
     from reinflow.supervised import FitSettings, Progress, fit
 
     progress = Progress(stage.progress_dir, learner.modules, {"batches": learner.batches}, config.save_every)
@@ -407,8 +405,8 @@ def fit_offline(config: OfflineRlConfig, learner: OfflineLearner, stage: StageDi
     learner.step = progress.done
     watch = Watch(config.output_dir, vars(config), stage.metrics)
     settings = FitSettings(config.total_steps, config.lr, config.weight_decay, grad_clip_norm=10.0)
-    steps = fit([*learner.learned, *learner.critic.parameters()], learner.loss, settings, progress)
-    for step, info in track(steps, "offline RL", config.total_steps, completed=progress.done):
+    parameters = [*learner.learned, *learner.critic.parameters()]
+    for step, info in fit(parameters, learner.loss, settings, progress, "offline RL"):
         learner.after_step(step)
         if step % config.log_every == 0 or step in (config.critic_steps, config.total_steps):
             figures = {name: round(value, 6) for name, value in {**info, **learner.judge()}.items()}

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import run_command
+from reinflow.progress import progress_bar
 from reinflow.settings import POSITIVE, RATE, SEED, Range, check_ranges
 from so101_mujoco_utils import FRAMES, SceneLayout, load_model
 from so101_sim.config import EnvConfig
@@ -233,9 +233,12 @@ def sample_scenes(config: PretrainConfig, cameras: tuple[str, ...], size: int, c
     sampler = SceneSampler(config, cameras, size, seed)
     records: list[dict[str, Any]] = []
     parts = ((sampler.start_scene, 0.4), (sampler.expert_scenes, 0.7), (sampler.near_scene, 1.0))
-    for draw, share in parts:
-        while len(records) < round(share * count):
-            records += draw()
+    with progress_bar("rendering, scenes", count) as advance:
+        for draw, share in parts:
+            while len(records) < round(share * count):
+                new = draw()
+                records += new
+                advance(len(new))
     sampler.renderer.close()
     records = records[:count]
     return Scenes(
@@ -359,7 +362,6 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
     """Run the pre-training and write the policy directory with perception.json. Returns the held-out errors, mm."""
     import torch
     from lerobot.policies.factory import make_pre_post_processors
-    from rich.progress import track
 
     from reinflow.supervised import FitSettings, fit
     from reinflow_so101.stages.build_smolvla import identity_stats
@@ -392,8 +394,7 @@ def pretrain(config: PretrainConfig) -> dict[str, float]:
         return perception_loss(*forward(net, batch, cameras), batch, size)
 
     settings = FitSettings(config.steps, config.lr, config.weight_decay)
-    steps = fit(net.parameters, loss, settings)
-    for step, info in track(steps, "pre-training", config.steps, disable=not sys.stdout.isatty()):
+    for step, info in fit(net.parameters, loss, settings, label="pre-training"):
         if step % 100 == 0:
             figures = " ".join(f"{name} {value:.3f}" for name, value in info.items() if name != "loss")
             print(f"step {step} {time.perf_counter() - started:.0f} s  {figures}", flush=True)

@@ -320,7 +320,6 @@ class Averages:
 def train(config: ReflowConfig, policy: FlowPolicy, pairs: Pairs, stage: StageDirectory) -> dict[str, float]:
     """Descend, measure, warn; returns the last measurement."""
     import torch
-    from rich.progress import track
 
     from reinflow.supervised import Progress, fit
     from reinflow_so101.stages.straightness import measure, summary, trouble
@@ -335,9 +334,9 @@ def train(config: ReflowConfig, policy: FlowPolicy, pairs: Pairs, stage: StageDi
     warned, since = bool(trouble(history, config.rate)), Averages()
     steps = fit(
         parameters, lambda: batch_loss(policy, pairs, config, generator),
-        fit_settings(config, config.rate, config.steps), progress,
+        fit_settings(config, config.rate, config.steps), progress, "reflow",
     )  # fmt: skip
-    for step, info in track(steps, "reflow", config.steps - progress.done):
+    for step, info in steps:
         since.rows.append(info)
         if step % config.measure_every and step != config.steps:
             continue
@@ -372,7 +371,7 @@ def sweep(config: ReflowConfig, policy: FlowPolicy, pairs: Pairs, stage: StageDi
         generator = torch.Generator().manual_seed(config.seed)
         steps = fit(
             parameters, partial(batch_loss, policy, pairs, config, generator),
-            fit_settings(config, lr, config.sweep_steps),
+            fit_settings(config, lr, config.sweep_steps), label=f"lr {lr:g}",
         )  # fmt: skip
         try:
             norms = [info["grad_norm"] for _, info in steps]

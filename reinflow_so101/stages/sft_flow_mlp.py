@@ -222,7 +222,6 @@ def train(
     """Flow matching on states (M, S) and chunks (M, H, A); returns the policy and the mean loss of the last 100
     steps."""
     import torch
-    from rich.progress import track
 
     from reinflow.flow_mlp import FlowMLP
     from reinflow.supervised import FitSettings, Progress, fit
@@ -245,8 +244,7 @@ def train(
     progress = Progress(stage.progress_dir, {"policy": policy}, {"batches": generator}, config.save_every)
     stage.resumed_at(progress.done)
     losses: list[float] = []
-    steps = fit(policy.policy_parameters(), loss, settings, progress)
-    for step, info in track(steps, "flow matching", config.steps, completed=progress.done):
+    for step, info in fit(policy.policy_parameters(), loss, settings, progress, "flow matching"):
         losses.append(info["loss"])
         if step % LOG_EVERY == 0 or step == config.steps:
             stage.log(step, {name: round(value, 6) for name, value in info.items()})

@@ -216,7 +216,6 @@ def finetune(config: SftConfig) -> dict[str, Any]:
 
 def _finetune(config: SftConfig, stage: StageDirectory) -> dict[str, Any]:
     import torch
-    from rich.progress import track
 
     from reinflow.supervised import FitSettings, Progress, fit
     from reinflow_vla.smolvla_directory import load_smolvla
@@ -249,8 +248,9 @@ def _finetune(config: SftConfig, stage: StageDirectory) -> dict[str, Any]:
         lambda: batch_loss(policy, batches, draw_frames(rng, config, data, episodes, every), config.one_step_share),
         FitSettings(config.steps, config.lr, config.weight_decay),
         progress,
+        "fine-tuning",
     )
-    for step, info in track(steps, "fine-tuning", config.steps, completed=progress.done):
+    for step, info in steps:
         training_s += time.perf_counter() - began
         losses.append(info["loss"])
         if step % config.save_every == 0 or step == config.steps:

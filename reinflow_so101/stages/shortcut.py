@@ -430,8 +430,6 @@ def train_shortcut(config: ShortcutConfig) -> dict[str, Any]:
 
 def fit_shortcut(config: ShortcutConfig, shortcut: Shortcut, stage: StageDirectory) -> float:
     """The descent, from where it was cut off; returns the seconds that it took now."""
-    from rich.progress import track
-
     from reinflow.supervised import FitSettings, Progress, fit
 
     modules = {"learned": shortcut.parameters, "average": shortcut.average}
@@ -439,8 +437,8 @@ def fit_shortcut(config: ShortcutConfig, shortcut: Shortcut, stage: StageDirecto
     stage.resumed_at(progress.done)
     settings = FitSettings(config.steps, config.lr, config.weight_decay)
     began = time.perf_counter()
-    steps = fit(list(shortcut.parameters), lambda: shortcut.loss(shortcut.student.batch()), settings, progress)
-    for step, info in track(steps, "shortcut", config.steps, completed=progress.done):
+    parameters, draw = list(shortcut.parameters), shortcut.student.batch
+    for step, info in fit(parameters, lambda: shortcut.loss(draw()), settings, progress, "shortcut"):
         shortcut.average.update()
         if step % LOG_EVERY == 0 or step == config.steps:
             stage.log(step, {name: round(value, 6) for name, value in info.items()})

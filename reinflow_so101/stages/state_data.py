@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import UserError
+from reinflow.progress import tracked
 from reinflow_so101.policy_card import CARD_FILE
 from reinflow_so101.stages.demonstrations import quiet_lerobot
 from reinflow_vla.directory import ACTION, read_json
@@ -120,7 +121,8 @@ def write_state_dataset(root: Path, episodes: StateEpisodes, fps: int, task: str
     features |= reward_features() if rewarded else {}
     dataset = LeRobotDataset.create(REPO_ID, fps=fps, features=features, root=root, use_videos=False)
     try:
-        for number, (state, action) in enumerate(zip(episodes.states, episodes.actions, strict=True)):
+        pairs = list(zip(episodes.states, episodes.actions, strict=True))
+        for number, (state, action) in enumerate(tracked(pairs, f"writing {root.name}, episodes")):
             columns: dict[str, NDArray[Any]] = {STATE: state.astype(np.float32), ACTION: action.astype(np.float32)}
             if episodes.rewards is not None:
                 ends = end_columns(len(action), episodes.ends[number], episodes.terminated[number])
