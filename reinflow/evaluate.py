@@ -5,28 +5,32 @@ Knows neither policy nor simulator: ``act`` turns observations into action chunk
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import fields
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from reinflow import UserError
 from reinflow.env import ChunkVectorEnv, EpisodeStats, Extra, Observation
+from reinflow.eval_result import EpisodeRow, EvalResult, wilson_interval
+from reinflow.progress import Advance, progress_bar
+
+__all__ = [
+    "Act", "EpisodeRow", "EvalInfoError", "EvalResult", "EvaluationError", "EvaluationStopped", "FrameHook",
+    "evaluate", "evaluate_seeds", "even_batch", "read_eval_info", "wilson_interval", "write_eval_info", "write_rows",
+]  # fmt: skip
 
 Act = Callable[[Observation, Sequence[int], int], np.ndarray]
 """Observation, the episodes' seeds (N,) and how many decisions they have made -> actions (N, n, A), deterministic."""
 FrameHook = Callable[[Sequence[int], Observation], None]
-CONFIDENCE = 0.95
 
 
 class EvaluationStopped(Exception):
@@ -37,195 +41,8 @@ class EvaluationError(UserError, RuntimeError):
     """The environments do not behave as an evaluation needs."""
 
 
-def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of a binomial proportion (Wilson 1927); unlike the normal one it stays within [0, 1].
-
-    Raises:
-        ValueError: not 0 <= successes <= n, n < 1, or confidence not within (0, 1).
-    """
-    if n < 1 or not 0 <= successes <= n or not 0 < confidence < 1:
-        raise ValueError(f"no interval for {successes} successes in {n} episodes at confidence {confidence}")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, spread = successes / n, z * z / n
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
-    # The ends are exactly 0 and 1 there; rounding must not say otherwise.
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
-
-
-@dataclass(frozen=True)
-class EpisodeRow:
-    """One evaluation episode."""
-
-    seed: int
-    success: bool
-    return_: float  # undiscounted
-    length: int  # control steps
-    max_reward: float  # of one control step
-    extras: Mapping[str, float] = field(default_factory=dict)  # what the environment reports besides
-    outcome: str = ""  # how it ended, by the environment's outcomes
-    facts: Mapping[str, float] = field(default_factory=dict)  # by the environment's facts
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Episodes in the order of their seeds, and what follows from them."""
-
-    episodes: tuple[EpisodeRow, ...]
-    elapsed_s: float
-    extras: Mapping[str, Extra] = field(default_factory=dict)  # of the environment
-    video_paths: list[str] = field(default_factory=list)
-    broken_seeds: tuple[int, ...] = ()  # of episodes in which the simulation broke down; they count as failures
-    objective: Literal["success", "return"] = "success"  # of the environment
-    outcomes: Mapping[str, str] = field(default_factory=dict)  # of the environment, as the next two
-    facts: Mapping[str, Extra] = field(default_factory=dict)
-    start_facts: tuple[str, ...] = ()
-
-    @property
-    def num_successes(self) -> int:
-        return sum(row.success for row in self.episodes)
-
-    @property
-    def success_rate(self) -> float:
-        return self.num_successes / len(self.episodes)
-
-    @property
-    def score(self) -> float:
-        """What the best policy is chosen by: the success rate or the mean return, as the environment has it."""
-        return self.return_mean if self.objective == "return" else self.success_rate
-
-    @property
-    def return_error(self) -> float:
-        """Standard error of the mean return; 0 of a single episode."""
-        returns = [row.return_ for row in self.episodes]
-        return stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else 0.0
-
-    @property
-    def standard_error(self) -> float:
-        """Of the score; for a success rate one success and one failure are added, so that it is not 0 where nothing
-        failed."""
-        if self.objective == "return":
-            return self.return_error
-        rate = (self.num_successes + 1) / (len(self.episodes) + 2)
-        return math.sqrt(rate * (1 - rate) / len(self.episodes))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the success rate."""
-        return wilson_interval(self.num_successes, len(self.episodes))
-
-    @property
-    def return_mean(self) -> float:
-        return fmean(row.return_ for row in self.episodes)
-
-    @property
-    def length_mean(self) -> float:
-        return fmean(row.length for row in self.episodes)
-
-    def extra_mean(self, name: str) -> float:
-        """Mean of one of the environment's extras."""
-        return fmean(row.extras[name] for row in self.episodes)
-
-    def metrics(self) -> dict[str, float]:
-        """By the names of reinflow.metrics."""
-        low, high = self.interval
-        success = {"eval/success_rate": self.success_rate, "eval/ci_low": low, "eval/ci_high": high}
-        return (
-            ({} if self.objective == "return" else success)
-            | {
-                "eval/return_mean": self.return_mean,
-                "eval/episode_length": self.length_mean,
-                "eval/episodes": float(len(self.episodes)),
-                "time/eval": self.elapsed_s,
-            }
-            | {f"eval/{name}": self.extra_mean(name) for name in self.extras}
-        )
-
-    def summary(self) -> str:
-        """One line: ``success 43.5 % (87/200), 95 % interval 36.8-50.4 %, ...``."""
-        low, high = self.interval
-        lost = self.broken_seeds
-        broken = f", {len(lost)} failed by unstable physics (first seed {lost[0]})" if lost else ""
-        extras = "".join(f"{extra.template.format(self.extra_mean(name))}, " for name, extra in self.extras.items())
-        if self.objective == "return":
-            return (
-                f"return {self.return_mean:.1f} +- {1.96 * self.return_error:.1f} (95 % of {len(self.episodes)} "
-                f"episodes), length {self.length_mean:.0f}, {100 * self.success_rate:.0f} % to the time limit, "
-                f"{extras}{self.elapsed_s:.0f} s{broken}"
-            )
-        return (
-            f"success {100 * self.success_rate:.1f} % ({self.num_successes}/{len(self.episodes)}), 95 % interval "
-            f"{100 * low:.1f}-{100 * high:.1f} %, return {self.return_mean:.2f}, "
-            f"length {self.length_mean:.0f}, {extras}{self.elapsed_s:.0f} s{broken}"
-        )
-
-    def to_lerobot_info(self, task_group: str, task_id: int = 0) -> dict[str, Any]:
-        """eval_info.json as lerobot-eval 0.6 writes it (per_task, per_group, overall), with more beside.
-
-        ``task_group`` and ``task_id`` name the task as LeRobot's benchmarks do; we have one. Added to its keys:
-        ``per_episode`` rows (those of its ``eval_policy``, plus length, extras, outcome and facts), ``terms``, which
-        explain outcomes and facts, and, in ``overall``, the interval of ``pc_success`` and the means of length and
-        extras. All percentages are 0-100.
-        """
-        n = len(self.episodes)
-        returns = [row.return_ for row in self.episodes]
-        max_rewards = [row.max_reward for row in self.episodes]
-        aggregates = {
-            "avg_sum_reward": self.return_mean,
-            "avg_max_reward": fmean(max_rewards),
-            "pc_success": 100 * self.success_rate,
-            "n_episodes": n,
-            "video_paths": list(self.video_paths),
-            "predicted_video_paths": [],
-        }
-        task_metrics = {
-            "sum_rewards": returns,
-            "max_rewards": max_rewards,
-            "successes": [row.success for row in self.episodes],
-            "video_paths": list(self.video_paths),
-            "predicted_video_paths": [],
-        }
-        extra = {
-            "pc_success_ci95": [100 * end for end in self.interval],
-            "avg_episode_length": self.length_mean,
-        } | {f"avg_{extra.key(name)}": self.extra_mean(name) for name, extra in self.extras.items()}
-        timing = {"eval_s": self.elapsed_s, "eval_ep_s": self.elapsed_s / n}
-        return {
-            "per_task": [{"task_group": task_group, "task_id": task_id, "metrics": task_metrics}],
-            "per_group": {task_group: dict(aggregates)},
-            "overall": aggregates | timing | extra,
-            "per_episode": [self._lerobot_row(i, row) for i, row in enumerate(self.episodes)],
-        } | self._terms()
-
-    def _terms(self) -> dict[str, Any]:
-        """What explains the outcomes and facts of the rows, where the environment tells them."""
-        if not self.outcomes and not self.facts:
-            return {}
-        facts = {n: {"explanation": fact.explanation, "unit": fact.unit} for n, fact in self.facts.items()}
-        return {"terms": {"outcomes": dict(self.outcomes), "facts": facts, "start_facts": list(self.start_facts)}}
-
-    def _lerobot_row(self, index: int, row: EpisodeRow) -> dict[str, Any]:
-        values = asdict(row)
-        for name in ("outcome", "facts"):
-            if not values[name]:  # the environment tells none
-                del values[name]
-        extras = {self.extras[name].key(name): value for name, value in values.pop("extras").items()}
-        return {"episode_ix": index, "sum_reward": values.pop("return_"), **values, **extras}
-
-    def table(self) -> Table:
-        """A rich table with a row per episode."""
-        names = [extra.key(name).replace("_", " ") for name, extra in self.extras.items()]
-        table = Table("seed", "success", "return", "length", *names, title="episodes")
-        for row in self.episodes:
-            mark = "[green]yes[/]" if row.success else "no"
-            extras = (f"{row.extras[name]:.3g}" for name in self.extras)
-            table.add_row(str(row.seed), mark, f"{row.return_:.2f}", str(row.length), *extras)
-        return table
-
-    def print(self, console: Console) -> None:
-        """The table and the summary."""
-        console.print(self.table())
-        console.print(self.summary(), highlight=False, soft_wrap=True)
+class EvalInfoError(UserError, ValueError):
+    """A file that holds no whole evaluation."""
 
 
 def write_eval_info(path: Path | str, info: Mapping[str, Any]) -> Path:
@@ -233,6 +50,78 @@ def write_eval_info(path: Path | str, info: Mapping[str, Any]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_eval_info(path: Path | str) -> EvalResult:
+    """What ``write_eval_info`` wrote of an EvalResult.
+
+    Where the file explains no terms, extras come back under the names that they have in it, unit included.
+
+    Raises:
+        EvalInfoError: no file, or it is damaged or not of ours; one line.
+    """
+    try:
+        info = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _result(info)
+    except OSError as error:
+        raise EvalInfoError(f"{path} cannot be read ({error.strerror}): evaluate again") from error
+    except KeyError as error:
+        raise EvalInfoError(f"{path} holds no whole evaluation ({error.args[0]} is missing): evaluate again") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise EvalInfoError(f"{path} holds no evaluation ({what}): evaluate again") from error
+
+
+def _result(info: dict[str, Any]) -> EvalResult:
+    terms, rows, overall = info.get("terms", {}), info["per_episode"], info["overall"]
+    objective = info.get("objective", "success")
+    if objective not in ("success", "return"):
+        raise ValueError(f"objective is {objective!r}")
+    if not rows:
+        raise ValueError("per_episode is empty")
+    own = {"episode_ix", "sum_reward", *(f.name for f in fields(EpisodeRow))}
+    extras = {name: Extra(**extra) for name, extra in terms.get("extras", {}).items()} or {
+        key: Extra("", f"{key.replace('_', ' ')} {{:.3g}}") for key in rows[0] if key not in own
+    }
+    return EvalResult(
+        tuple(_stored_row(row, extras) for row in rows),
+        float(overall["eval_s"]),
+        extras,
+        list(overall["video_paths"]),
+        tuple(info.get("broken_seeds", ())),
+        objective,
+        terms.get("outcomes", {}),
+        {name: Extra(f["explanation"], f.get("template", ""), f["unit"]) for name, f in terms.get("facts", {}).items()},
+        tuple(terms.get("start_facts", ())),
+    )
+
+
+def _stored_row(row: dict[str, Any], extras: Mapping[str, Extra]) -> EpisodeRow:
+    if not isinstance(row["success"], bool) or not isinstance(row["seed"], int):
+        raise ValueError(f"an episode has seed {row['seed']!r} and success {row['success']!r}")
+    return EpisodeRow(
+        row["seed"],
+        row["success"],
+        float(row["sum_reward"]),
+        int(row["length"]),
+        float(row["max_reward"]),
+        {name: float(row[extra.key(name)]) for name, extra in extras.items()},
+        str(row.get("outcome", "")),
+        {str(name): float(value) for name, value in row.get("facts", {}).items()},
+    )
+
+
+def write_rows(path: Path | str, result: EvalResult) -> Path:
+    """Write a CSV with a row per episode: those of eval_info.json, facts by their names."""
+    path = Path(path)
+    rows: list[dict[str, Any]] = [result.lerobot_row(i, row) for i, row in enumerate(result.episodes)]
+    rows = [row | row.pop("facts", {}) for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
     return path
 
 
@@ -250,8 +139,9 @@ def evaluate(
     seeds: Sequence[int],
     frame_hook: FrameHook | None = None,
     frame_interval: int = 0,
+    label: str = "evaluation, episodes",
 ) -> EvalResult:
-    """Play one episode per seed.
+    """Play one episode per seed, and show how far that is.
 
     Args:
         act: decides; see Act.
@@ -262,6 +152,7 @@ def evaluate(
             of a chunk; rows beyond the seeds are padding.
         frame_interval: control steps per piece, for videos smoother than one frame per chunk; 0 executes whole
             chunks. Trajectories do not depend on it.
+        label: of the bar.
 
     Raises:
         ValueError: no seeds.
@@ -272,9 +163,10 @@ def evaluate(
     start = time.perf_counter()
     rows: list[EpisodeRow] = []
     broken: list[int] = []
-    for first in range(0, len(seeds), vector_env.num_envs):
-        batch = list(seeds[first : first + vector_env.num_envs])
-        rows += _play_batch(act, vector_env, batch, broken, frame_hook, frame_interval)
+    with progress_bar(label, len(seeds)) as advance:
+        for first in range(0, len(seeds), vector_env.num_envs):
+            batch = list(seeds[first : first + vector_env.num_envs])
+            rows += _play_batch(act, vector_env, batch, broken, frame_hook, frame_interval, advance)
     elapsed = time.perf_counter() - start
     return EvalResult(
         tuple(rows),
@@ -295,6 +187,7 @@ def _play_batch(
     broken: list[int],
     frame_hook: FrameHook | None,
     frame_interval: int,
+    advance: Advance,
 ) -> list[EpisodeRow]:
     """One episode in each of the first len(seeds) environments; ``broken`` gets the seeds of those that broke down."""
     padded = seeds + [seeds[0]] * (vector_env.num_envs - len(seeds))
@@ -323,6 +216,7 @@ def _play_batch(
                 rows[stats.env] = _row(stats, max_rewards[stats.env])
                 if getattr(stats, "broken", False) and stats.env < len(seeds):
                     broken.append(int(stats.seed))
+            advance(len(pending & rows.keys()))
             pending -= rows.keys()
             if not pending:
                 return [rows[env] for env in range(len(seeds))]
@@ -349,7 +243,12 @@ def _row(stats: EpisodeStats, max_reward: float) -> EpisodeRow:
 
 
 def evaluate_seeds(
-    act: Act, make_env: Callable[[int], ChunkVectorEnv], first_seed: int, episodes: int, num_envs: int
+    act: Act,
+    make_env: Callable[[int], ChunkVectorEnv],
+    first_seed: int,
+    episodes: int,
+    num_envs: int,
+    label: str = "evaluation, episodes",
 ) -> EvalResult:
     """Evaluate on the ``episodes`` seeds from ``first_seed`` on, with at most ``num_envs`` environments at once.
 
@@ -359,6 +258,7 @@ def evaluate_seeds(
         first_seed: episode i plays first_seed + i.
         episodes: at least 1.
         num_envs: at least 1.
+        label: of the bar.
     """
     with make_env(even_batch(episodes, num_envs)) as env, torch.no_grad():
-        return evaluate(act, env, range(first_seed, first_seed + episodes))
+        return evaluate(act, env, range(first_seed, first_seed + episodes), label=label)
