@@ -412,10 +412,11 @@ def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
         config.noise_schedule, config.noise_decay_start, config.noise_decay_ratio, config.noise_decay_end,
     )  # fmt: skip
     run.policy.set_noise_bounds(sigma_min, sigma_max)
-    buffer, info, run.current = collect_rollout(
-        run.policy, run.env, run.current, config.chunk_steps_per_rollout,
-        config.chain(), config.rollout(), run.learner.normalizer, run.seeds,
-    )  # fmt: skip
+    with run.rollout_bar(config.decisions_per_iteration) as after_chunk:
+        buffer, info, run.current = collect_rollout(
+            run.policy, run.env, run.current, config.chunk_steps_per_rollout,
+            config.chain(), config.rollout(), run.learner.normalizer, run.seeds, after_chunk,
+        )  # fmt: skip
     run.count(info.episodes, int(buffer.active.sum()))
     run.metrics |= info.metrics() | {"noise/sigma_min": sigma_min, "noise/sigma_max": sigma_max}
     return buffer

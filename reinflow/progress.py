@@ -64,7 +64,9 @@ def progress_bar(label: str, total: float, console: Console | None = None, done:
         bar.advance(task, 0)  # so that the first part's time counts
 
         def advance(more: float, status: str = "") -> None:
-            bar.update(task, advance=more, **({"status": status} if status else {}))
+            bar.update(task, advance=more)
+            if status:
+                bar.update(task, status=status)
 
         yield advance
 

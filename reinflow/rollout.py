@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -203,6 +203,7 @@ def collect_rollout(
     settings: RolloutSettings,
     normalizer: ReturnNormalizer,
     seeds: TrainingSeeds,
+    after_chunk: Callable[[ChunkResult], None] | None = None,
 ) -> tuple[RolloutBuffer, RolloutInfo, RolloutState]:
     """Act for ``num_chunk_steps`` decisions per environment.
 
@@ -215,6 +216,7 @@ def collect_rollout(
         settings: discounting.
         normalizer: turns the critic's output into return units.
         seeds: of the episodes; where they start and all their noise follow from them.
+        after_chunk: called with what came of every chunk step, for a bar.
     """
     rows: list[dict[str, Tensor]] = []
     played: list[NDArray[np.int64]] = []
@@ -249,6 +251,8 @@ def collect_rollout(
             rows[-1] |= _control_steps(current, result)
         episodes.extend(current.ended(result))
         current = following
+        if after_chunk:
+            after_chunk(result)
     _mask_broken(rows, np.stack(played), broken | set(current.episodes[current.broken].tolist()))
     device = rows[0]["chain"].device
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}

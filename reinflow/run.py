@@ -7,13 +7,12 @@ evaluate) are the loop's, in train_reinflow.py.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -25,14 +24,16 @@ from torch import Tensor
 from reinflow import ConfigError, UserError, checkpoint
 from reinflow.checksums import replace_with_sum
 from reinflow.doctor import FINDINGS_FILE, RULES, Doctor, Rule
-from reinflow.env import ChunkVectorEnv, EpisodeStats, Observation
+from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
 from reinflow.evaluate import Act, EvalResult, EvaluationStopped
 from reinflow.learner import PPOLearner
 from reinflow.lock import RunLock
-from reinflow.metrics import METRICS_FILE, read_lines
+from reinflow.metrics import METRICS_FILE
 from reinflow.policy import FlowPolicy
+from reinflow.progress import progress_bar
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
+from reinflow.set_aside import set_aside
 from reinflow.settings import CONFIG_FILE, check_same_settings, read_config, refuse_existing_run
 from reinflow.tracking import Counted, Tracker, WandbMode, open_tracker
 from reinflow.training_state import CheckpointError, refuse_not_finite, rng_state, set_rng_state
@@ -76,27 +77,6 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 WAYS = ("resume", "output_dir", "checkpoint_path")  # settings that say how a run is opened, not what it is
 
 
-def set_aside(run_dir: Path, iteration: int) -> Path | None:
-    """Move what a run has after ``iteration`` into a dated folder: checkpoints, and the lines of its files.
-
-    Returns:
-        The folder; None if there is nothing.
-    """
-    later = [path for path in checkpoint.list_checkpoints(run_dir) if int(path.name) > iteration]
-    if not later:  # lines alone are of iterations that no checkpoint holds: they will be written again
-        return None
-    files = [path for name in (METRICS_FILE, FINDINGS_FILE) if (path := run_dir / name).exists()]
-    ahead = [path for path in files if any(row["progress/iteration"] > iteration for row in read_lines(path))]
-    folder = run_dir / "set_aside" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folder.mkdir(parents=True)
-    for path in ahead:
-        shutil.copy2(path, folder / path.name)
-    checkpoint.point_last_at(run_dir, iteration)
-    for path in later:
-        os.replace(path, folder / path.name)
-    return folder
-
-
 class RunError(UserError, RuntimeError):
     """The run cannot go on; the message says why and what may help."""
 
@@ -131,6 +111,7 @@ class Run:
         policy_card: Mapping[str, str] | None = None,
         start_weights: str = "",
         resume_command: str = "",
+        tags: Sequence[str] = (),
     ) -> None:
         """Put a run together; nothing is written yet.
 
@@ -146,11 +127,12 @@ class Run:
             policy_card: files to write beside every exported policy, name -> content.
             start_weights: sha256 of the weights that the run starts from, kept in every checkpoint.
             resume_command: what continues the run, said after a stop.
+            tags: what Weights & Biases finds the run by.
         """
         self.run_dir, self.policy, self.env, self.learner = run_dir, policy, env, learner
         self.settings, self.config, self.rules, self.changeable = settings, dict(config), rules, changeable
         self.policy_card, self.resume_command = dict(policy_card or {}), resume_command
-        self.start_weights = start_weights
+        self.start_weights, self.tags = start_weights, tuple(tags)
         self.seeds = settings.training_seeds
         self.iteration = self.episodes = self.timesteps = 0
         self.best_success = LEAST_SCORE  # or the best mean return, where that is the objective
@@ -274,6 +256,9 @@ class Run:
             wandb_run_id=self.wandb_id,
             resumed_iteration=resumed,
             extras=self.env.extras,
+            tags=self.tags,
+            notes=f"go on with: {self.resume_command}" if self.resume_command else "",
+            objective=self.env.objective,
         )
         self.wandb_id = self.tracker.wandb_run_id
         self.doctor = Doctor(self.run_dir, self.config, resumed, self.rules)
@@ -344,6 +329,27 @@ class Run:
     def done(self) -> int:
         """Of these."""
         return self.timesteps if self.settings.total_timesteps else self.episodes
+
+    @contextmanager
+    def rollout_bar(self, decisions: int) -> Iterator[Callable[[ChunkResult], None]]:
+        """Show a rollout of so many decisions, and move the run's own bar with it.
+
+        Yields:
+            What takes the result of every chunk step.
+        """
+        done, ended, succeeded = self.done, 0, 0
+        with progress_bar("rollout, decisions", decisions) as advance:
+
+            def after_chunk(result: ChunkResult) -> None:
+                nonlocal done, ended, succeeded
+                ended += len(result.episodes)
+                succeeded += sum(episode.success for episode in result.episodes)
+                done += int(result.active.sum()) if self.settings.total_timesteps else len(result.episodes)
+                told = f"{succeeded} of {ended} episodes succeeded" if self.env.objective == "success" else ""
+                advance(len(result.active), told if ended else "")
+                self.tracker.progress(done)
+
+            yield after_chunk
 
     def log(self) -> None:
         """Metrics of this iteration to console, metrics.jsonl and wandb, once; the doctor reads them too."""

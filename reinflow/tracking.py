@@ -5,160 +5,46 @@ Every sink has the methods of ``Sink``, which do nothing: what is off is a plain
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsFloat
 
+import rich
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reinflow.env import Extra
-from reinflow.metrics import METRICS_FILE, TrackingError, check_names, finite_or_none, known_metrics, truncate_metrics
+from reinflow.metrics import TrackingError, check_names, known_metrics
+from reinflow.sinks import Counted, JsonlSink, LiveConsole, PlainConsole, Sink
 
 Metrics = Mapping[str, SupportsFloat]
 WandbMode = Literal["auto", "online", "offline", "off"]
 WANDB_START_S, WANDB_REACH_S = 60, 10  # limits on its start and its end, and on finding its server
+COPIED_MB = 20  # of an artifact: as much is copied aside, so that it can be sent later whatever becomes of the files
+SENT_MB = 100  # more than a usual line sends within WANDB_START_S: larger ones stay where they are
 
-
-Counted = Literal["episodes", "timesteps"]
-
-
-class Sink:
-    """Where metrics go; this one drops them."""
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Take one iteration's metrics, ``progress/iteration`` among them."""
-
-    def progress(self, episodes: int) -> None:
-        """Take the number of episodes done within an iteration."""
-
-    def message(self, text: str) -> None:
-        """Take a line for the user."""
-
-    def alert(self, title: str, text: str, error: bool) -> None:
-        """Take something that the user should look at now."""
-
-    def close(self, failed: bool) -> None:
-        """Flush and release everything; ``failed`` if an error ended the run."""
-
-
-class PlainConsole(Sink):
-    """One readable line per iteration, for logs and pipes."""
-
-    def __init__(self, console: Console, num_episodes: int, episodes_done: int, counted: Counted = "episodes") -> None:
-        self.console, self.num_episodes, self.first_episode = console, num_episodes, episodes_done
-        self.counted = counted
-        self.start: float | None = None
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        if self.start is None:  # not when the run was opened: a report on the starting policy is not training
-            self.start = time.monotonic() - metrics.get("time/iteration", 0.0)
-        self.console.print(self._line(metrics), highlight=False, markup=False, soft_wrap=True)
-
-    def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def alert(self, title: str, text: str, error: bool) -> None:
-        self.message(text)
-
-    def _line(self, metrics: Mapping[str, float]) -> str:
-        parts = [f"iteration {metrics['progress/iteration']:.0f}"]
-        for name, template in (
-            (f"progress/{self.counted}", f"{self.counted} {{:,.0f}}/{self.num_episodes:,}"),
-            ("rollout/success_rate", "success {:.1%}"),
-            ("rollout/return_mean", "return {:.2f}"),
-            ("ppo/approx_kl", "KL {:.4f}"),
-            ("training/clip_fraction", "clipped {:.0%}"),
-            ("ppo/explained_variance", "EV {:.2f}"),
-            ("noise/std_mean", "noise {:.3f}"),
-            ("time/iteration", "{:.1f} s"),
-        ):
-            if name in metrics:
-                parts.append(template.format(metrics[name]))
-        if "loss/value" in metrics and "loss/policy" not in metrics:
-            parts.append("critic warm-up")
-        if (done := metrics.get(f"progress/{self.counted}")) is not None:
-            parts.append(f"ETA {self._eta(done)}")
-        if {"eval/success_rate", "eval/ci_low", "eval/ci_high"} <= metrics.keys():
-            rate, low, high = (metrics[f"eval/{name}"] for name in ("success_rate", "ci_low", "ci_high"))
-            parts.append(f"eval {rate:.1%} [{low:.1%}, {high:.1%}]")
-        elif "eval/return_mean" in metrics:
-            parts.append(f"eval return {metrics['eval/return_mean']:.1f}")
-        return "  ".join(parts)
-
-    def _eta(self, episodes: float) -> str:
-        """Time left at this session's pace."""
-        done = episodes - self.first_episode
-        if done <= 0 or self.start is None:
-            return "?"
-        seconds = (time.monotonic() - self.start) / done * max(self.num_episodes - episodes, 0)
-        return str(timedelta(seconds=round(seconds)))
-
-
-class LiveConsole(PlainConsole):
-    """The same lines above a live bar: episodes, success, KL, elapsed and remaining time."""
-
-    def __init__(self, console: Console, num_episodes: int, episodes_done: int, counted: Counted = "episodes") -> None:
-        super().__init__(console, num_episodes, episodes_done, counted)
-        self.bar = Progress(
-            TextColumn(counted), MofNCompleteColumn(), BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-            console=console, speed_estimate_period=300,
-        )  # fmt: skip
-        self.status = {"success": "-", "KL": "-"}
-        self.task = self.bar.add_task("", total=num_episodes, completed=episodes_done, status=self._status())
-        self.bar.start()
-
-    def _status(self) -> str:
-        return "  ".join(f"{name} {value}" for name, value in self.status.items())
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        super().log(metrics)
-        for name, label, template in (
-            ("rollout/success_rate", "success", "{:.1%}"),
-            ("ppo/approx_kl", "KL", "{:.4f}"),
-            ("eval/success_rate", "eval", "{:.1%}"),
-        ):
-            if name in metrics:
-                self.status[label] = template.format(metrics[name])
-        self.progress(int(metrics.get(f"progress/{self.counted}", self.bar.tasks[0].completed)))
-
-    def progress(self, episodes: int) -> None:
-        self.bar.update(self.task, completed=episodes, status=self._status())
-
-    def close(self, failed: bool) -> None:
-        self.bar.stop()
-
-
-class JsonlSink(Sink):
-    """metrics.jsonl: one JSON object per log call, flushed at once. A value that is not finite becomes null."""
-
-    def __init__(self, run_dir: Path, resumed_iteration: int | None) -> None:
-        path = run_dir / METRICS_FILE
-        if resumed_iteration is not None and path.exists():
-            truncate_metrics(path, resumed_iteration)
-        self.file = path.open("a", encoding="utf-8")
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        self.file.write(json.dumps(finite_or_none(metrics), allow_nan=False) + "\n")
-        self.file.flush()
-
-    def close(self, failed: bool) -> None:
-        self.file.close()
+Objective = Literal["success", "return"]
+TAG_LENGTH = 64  # Weights & Biases' limit
+REPORT: dict[str, str] = {
+    "report/success_before": "Noise-free success of the starting policy on the reporting seeds.",
+    "report/success_after": "The same of the best checkpoint.",
+    "report/return_before": "Mean return of the starting policy on the reporting seeds.",
+    "report/return_after": "The same of the best checkpoint.",
+}
+"""Figures of a whole run, for the table of all runs, each with an explanation."""
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run, over ``progress/iteration`` so that a resumed run draws over what it repeats.
+    """A Weights & Biases run, over the episodes (or control steps): a resumed run draws over what it repeats, and runs
+    with other rollouts compare. ``progress/iteration`` is logged too, for another axis.
 
     What goes wrong after its start is said once and never ends a training: metrics.jsonl has everything.
     """
+
+    takes_media = True
 
     def __init__(
         self,
@@ -168,6 +54,11 @@ class WandbSink(Sink):
         config: Mapping[str, Any],
         run_id: str | None,
         say: Callable[[str], None],
+        *,
+        counted: Counted = "episodes",
+        objective: Objective = "success",
+        tags: Sequence[str] = (),
+        notes: str = "",
     ) -> None:
         import wandb  # here: its import takes a second and no other sink needs it
 
@@ -178,6 +69,8 @@ class WandbSink(Sink):
                 name=run_dir.resolve().name,
                 dir=str(run_dir),
                 config=dict(config),
+                tags=[tag[:TAG_LENGTH] for tag in tags if tag] or None,
+                notes=notes or None,
                 mode=mode,
                 id=run_id,
                 # "must" would refuse to go on with a run that was offline so far; offline, the id alone is enough.
@@ -196,8 +89,22 @@ class WandbSink(Sink):
                 f"Weights & Biases did not start ({error}): log in with `wandb login`, write to disk with "
                 "--wandb-mode offline (then `wandb sync`), or turn it off with --no-wandb"
             ) from error
-        self.run.define_metric("progress/iteration")
-        self.run.define_metric("*", step_metric="progress/iteration")
+        self._try(partial(self._define_metrics, f"progress/{counted}", objective))
+
+    def _define_metrics(self, axis: str, objective: Objective) -> None:
+        """One axis for all; of the result the runs' table shows the best and the last, of all else the last."""
+        self.run.define_metric(axis)
+        self.run.define_metric("*", step_metric=axis)
+        result = "eval/success_rate" if objective == "success" else "eval/return_mean"
+        self.run.define_metric(result, step_metric=axis, summary="max,last")
+
+    def _offer(self, what: str, send: Callable[[], object]) -> None:
+        """Send something beside the metrics, which go on without it."""
+        if self.works:
+            try:
+                send()
+            except Exception as error:  # of any kind, as in _try
+                self.say(f"Weights & Biases did not take {what} ({error}): it is in the run directory")
 
     def _try(self, send: Callable[[], object]) -> None:
         if self.works:
@@ -212,6 +119,48 @@ class WandbSink(Sink):
 
     def alert(self, title: str, text: str, error: bool) -> None:
         self._try(lambda: self.run.alert(title=title, text=text, level="ERROR" if error else "WARN"))
+
+    def summary(self, figures: Mapping[str, float]) -> None:
+        self._try(lambda: self.run.summary.update(dict(figures)))
+
+    def film(self, name: str, path: Path, caption: str) -> None:
+        def send() -> None:
+            import wandb
+
+            self.run.log({name: wandb.Video(str(path), caption=caption, format="mp4")})
+
+        self._offer(f"the film {name}", send)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        def send() -> None:
+            import wandb
+
+            self.run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._offer(f"the table {name}", send)
+
+    def artifact(self, path: Path, name: str, kind: str) -> None:
+        path = path.resolve()
+        files = {f: str(f.relative_to(path)) for f in sorted(path.rglob("*")) if f.is_file()} or {path: path.name}
+        size = sum(file.stat().st_size for file in files) / 1e6
+
+        def send() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{name}-{self.run.id}", type=kind, metadata={"megabytes": round(size, 1)})
+            for file, inside in files.items():
+                if size > SENT_MB:
+                    artifact.add_reference(file.as_uri(), name=inside)
+                else:
+                    policy: Literal["mutable", "immutable"] = "mutable" if size <= COPIED_MB else "immutable"
+                    artifact.add_file(str(file), name=inside, policy=policy, skip_cache=True)
+            self.run.log_artifact(artifact)
+            stays = (
+                f", more than {SENT_MB} MB: it stays in {path}, the artifact names the files" if size > SENT_MB else ""
+            )
+            self.say(f"Weights & Biases: artifact {name}, {size:,.1f} MB{stays}")
+
+        self._offer(name, send)
 
     def close(self, failed: bool) -> None:
         self._try(lambda: self.run.finish(exit_code=int(failed)))
@@ -288,6 +237,37 @@ class Tracker:
         for sink in self.sinks:
             sink.progress(episodes)
 
+    @property
+    def takes_media(self) -> bool:
+        """Whether films and tables go anywhere."""
+        return any(sink.takes_media for sink in self.sinks)
+
+    def summary(self, figures: Metrics) -> None:
+        """Figures of the whole run, by the names of REPORT, for the table of all runs. Raises TrackingError."""
+        check_names(figures, REPORT)
+        for sink in self.sinks:
+            sink.summary({name: float(value) for name, value in figures.items()})
+
+    def film(self, name: str, path: Path, caption: str) -> None:
+        """Show an mp4 of the run directory under ``name``."""
+        for sink in self.sinks:
+            sink.film(name, path, caption)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Show a table under ``name``."""
+        for sink in self.sinks:
+            sink.table(name, columns, rows)
+
+    def artifact(self, path: Path, name: str, kind: str) -> None:
+        """Send a file or a folder to Weights & Biases, to keep with the run.
+
+        ``name``: there, before the run's id; ``kind``: Weights & Biases' word for what it is, such as "model".
+        Up to COPIED_MB it is copied aside, up to SENT_MB it is sent from where it is, offline by a later `wandb sync`;
+        of what is larger the artifact names the files with their checksums, and nothing is copied or sent.
+        """
+        for sink in self.sinks:
+            sink.artifact(path, name, kind)
+
     def message(self, text: str) -> None:
         """Print a line without tearing the live bar."""
         for sink in self.sinks:
@@ -325,6 +305,9 @@ def open_tracker(
     wandb_run_id: str | None,
     resumed_iteration: int | None,
     extras: Mapping[str, Extra] | None = None,
+    tags: Sequence[str] = (),
+    notes: str = "",
+    objective: Objective = "success",
     console: Console | None = None,
 ) -> Tracker:
     """A tracker with console, metrics.jsonl and, unless ``wandb_mode`` is "off", Weights & Biases.
@@ -341,12 +324,16 @@ def open_tracker(
         resumed_iteration: iterations completed at the checkpoint that the run resumes from; later lines of
             metrics.jsonl are dropped, as the run will write them again. None for a new run.
         extras: of the environment, whose metrics are logged too.
-        console: where to print; stdout by default. A terminal gets a live bar, anything else plain lines.
+        tags: what Weights & Biases finds the run by.
+        notes: shown beside the run there.
+        objective: of the environment, what is best of a run.
+        console: where to print; rich's own by default, which other bars are on. A terminal gets a live bar, anything
+            else plain lines.
 
     Raises:
         TrackingError: Weights & Biases cannot be started.
     """
-    run_dir, console = Path(run_dir), console or Console()
+    run_dir, console = Path(run_dir), console or rich.get_console()
     run_dir.mkdir(parents=True, exist_ok=True)
     wandb_sink = Sink()
     mode, why = resolve_wandb_mode(wandb_mode)
@@ -354,7 +341,10 @@ def open_tracker(
     if why:
         say(why)
     if mode != "off":
-        wandb_sink = run = WandbSink(run_dir, mode, wandb_project, config, wandb_run_id, say)
+        wandb_sink = run = WandbSink(
+            run_dir, mode, wandb_project, config, wandb_run_id, say,
+            counted=counted, objective=objective, tags=tags, notes=notes,
+        )  # fmt: skip
         wandb_run_id = str(run.run.id)
     jsonl = JsonlSink(run_dir, resumed_iteration)
     # The live bar last: it must not be drawn when another sink fails to start.

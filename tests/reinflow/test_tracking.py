@@ -79,7 +79,7 @@ def test_an_environments_extras_are_metrics_too(tmp_path):
 
 def test_every_logged_name_is_explained_and_every_explanation_is_of_a_logged_name():
     sources = [*(ROOT / "reinflow").glob("*.py"), *ROOT.glob("*.py")]
-    readers = ("metrics.py", "tracking.py", "symptoms.py", "doctor.py")
+    readers = ("metrics.py", "sinks.py", "tracking.py", "symptoms.py", "doctor.py")
     text = "\n".join(path.read_text() for path in sources if path.name not in readers)
     families = "|".join({name.split("/")[0] for name in METRICS})
     logged = set(re.findall(rf'"((?:{families})/[a-z_]+)"', text))
@@ -115,7 +115,7 @@ def test_plain_console_prints_one_readable_line(tmp_path):
 
 def test_eta_counts_from_the_start_of_the_first_iteration(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("reinflow.tracking.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("reinflow.sinks.time.monotonic", lambda: clock[0])
     out = console()
     with open_tracker(tmp_path, console=out) as tracker:
         clock[0] = 1000.0  # a report on the starting policy
