@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reinflow.settings import config_to_json
 from reinflow_so101.checks import FlatConfig
+from reinflow_so101.presets import PRESET_VALUES
 from reinflow_so101.worlds import say_world
 
 if TYPE_CHECKING:
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from reinflow.policy import FlowPolicy
 
 DOCUMENTED = ("smolvla", "pi0")
+START_FILE = "start.json"  # of a run: the manifest, and all settings of its preset as they were then
 
 
 def manifest(policy: FlowPolicy, config: FlatConfig) -> str:
@@ -47,6 +52,16 @@ def manifest(policy: FlowPolicy, config: FlatConfig) -> str:
             "policy of this kind. --preset finetune has those that are measured here to learn"
         )
     return "\n".join(f"  {line}" for line in lines)
+
+
+def write_start(run_dir: Path, policy: FlowPolicy, config: FlatConfig) -> None:
+    """Keep for a run's report what was said before its first step, and what its preset alone would have set. A resumed
+    run keeps what it has."""
+    path = run_dir / START_FILE
+    if not (config.resume and path.exists()):
+        preset = type(config)(preset=config.preset, **PRESET_VALUES[config.preset])
+        content = {"manifest": manifest(policy, config), "preset": config_to_json(preset)}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _count(parameters: list[nn.Parameter]) -> str:

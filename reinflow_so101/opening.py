@@ -33,13 +33,17 @@ if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
 
 def open_run(config: FlatConfig) -> tuple[FlatConfig, Run]:
     """A new run in its own directory, or with ``config.resume`` the saved one; and its settings as they came out."""
+    from reinflow_so101.manifest import write_start
+
     config, start = _prepare(config)
     run_dir = Path(config.output_dir)
     if not (config.resume or config.output_dir):
         stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
         run_dir = fresh_directory(f"outputs/train/{stamp}_{config.preset}")
     config, run = make_run(config, run_dir, start)
-    return config, run.resume(start.checkpoint) if config.resume else run.start()
+    run = run.resume(start.checkpoint) if config.resume else run.start()
+    write_start(run.run_dir, run.policy, config)
+    return config, run
 
 
 def check_start(config: FlatConfig) -> None:
