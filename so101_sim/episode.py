@@ -34,10 +34,11 @@ class ChunkScore:
     clipped: NDArray[np.int64]  # (N, n) joints whose target was outside the limits
     environment_states: NDArray[np.float32] | None  # (N, n, S) after each active step, 0 elsewhere
     broken: NDArray[np.bool_]  # (N,) the simulation became unstable: the episode is cut off here and counts for nothing
+    traces: Array  # (N, T) of the episodes after the chunk, see so101_sim.outcome
 
-    def cut_off(self, unstable: NDArray[np.bool_], heights_m: Array) -> ChunkScore:
+    def cut_off(self, unstable: NDArray[np.bool_], heights_m: Array, traces: Array) -> ChunkScore:
         """The score with the episodes of the rows ``unstable`` (N,) cut off after a first step that earned nothing, the
-        block where it was before, at ``heights_m`` (N,)."""
+        block where it was before, at ``heights_m`` (N,), and the traces (N, T) as they were."""
         if not unstable.any():
             return self
         rows = unstable[:, None]
@@ -54,6 +55,7 @@ class ChunkScore:
             heights=np.where(rows, heights_m[:, None], self.heights),
             environment_states=None if states is None else np.where(rows[..., None], np.float32(0.0), states),
             broken=unstable,
+            traces=np.where(rows, traces, self.traces),
         )
 
 
@@ -67,16 +69,19 @@ class EpisodeLog:
     max_height_m: float = 0.0
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
+    trace: list[float] = field(default_factory=list)  # see so101_sim.outcome; empty: nobody followed from the start
 
-    def begin(self, seed: int | None, height_m: float) -> None:
+    def begin(self, seed: int | None, height_m: float, trace: list[float]) -> None:
         """Starts over for the episode of `seed`."""
         self.seed = seed
-        self.max_height_m = height_m
+        self.max_height_m, self.trace = height_m, trace
         self.length, self.return_, self.clipped_targets, self.reward_terms = 0, 0.0, 0, {}
 
     def record(self, score: ChunkScore, row: int) -> None:
         """Adds the executed steps of row `row` of a scored chunk."""
         steps = int(score.lengths[row])
+        if self.trace:
+            self.trace = score.traces[row].tolist()
         self.length += steps
         self.clipped_targets += int(np.count_nonzero(score.clipped[row, :steps]))
         self.max_height_m = max(self.max_height_m, *score.heights[row, :steps].tolist())
@@ -92,7 +97,14 @@ class EpisodeLog:
         """From `dataclasses.asdict` of another one."""
         return cls(**{**values, "reward_terms": dict(values["reward_terms"])})
 
-    def stats(self, env: int, success: bool, broken: bool = False) -> EpisodeStats:
+    def stats(
+        self,
+        env: int,
+        success: bool,
+        broken: bool = False,
+        outcome: str = "",
+        facts: Mapping[str, float] | None = None,
+    ) -> EpisodeStats:
         """The finished episode as `EpisodeStats` of environment `env`."""
         assert self.seed is not None
         return EpisodeStats(
@@ -104,4 +116,6 @@ class EpisodeLog:
             broken=broken,
             reward_terms=dict(self.reward_terms),
             extras={"max_height": self.max_height_m, "clipped_targets": float(self.clipped_targets)},
+            outcome=outcome,
+            facts=dict(facts or {}),
         )

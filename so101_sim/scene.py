@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from reinflow import ConfigError, UserError
 from so101_mujoco_utils import (
     FRAMES,
+    LIMIT_TOLERANCE_RAD,
     REWARD_TERMS,
     Array,
     SceneLayout,
@@ -28,9 +29,10 @@ from so101_mujoco_utils import (
     load_model,
 )
 from so101_sim.config import EnvConfig
-from so101_sim.episode import ChunkScore
+from so101_sim.episode import ChunkScore, EpisodeLog
 from so101_sim.randomize import draw_block, draw_start_deg
 from so101_sim.renderer import ParallelRenderer, SceneRenderer, gl_backend
+from so101_sim.tasks.registry import taxonomy_of
 
 CONTROL_HZ, RATE_TOLERANCE = 50.0, 0.01
 INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -55,6 +57,7 @@ class PickScene:
         self.frame = FRAMES[config.joint_frame]
         self.limits_rad = self.layout.limits_rad
         self.term_names = REWARD_TERMS[config.reward_mode]
+        self.taxonomy = taxonomy_of(config)
         self.substeps = self._set_rate()
         self.control_period_s = self.model.opt.timestep * self.substeps
 
@@ -109,8 +112,9 @@ class PickScene:
         if self.is_success(self.layout.row(data)):
             raise ValueError(f"block_pos {position} starts above lift_threshold {self.config.lift_threshold}: lower it")
 
-    def control(self, actions: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
-        """Actions (..., 6) in the frame's units -> MuJoCo controls (..., nu), and clipped joints per target (...).
+    def control(self, actions: ArrayLike) -> tuple[Array, NDArray[np.int64], NDArray[np.bool_]]:
+        """Actions (..., 6) in the frame's units -> MuJoCo controls (..., nu), clipped joints per target (...), and
+        whether one of them is the arm's (...): the gripper is often driven beyond its limit, to press.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
@@ -118,19 +122,30 @@ class PickScene:
         values = np.asarray(actions, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("actions contain NaN or infinity: the policy has diverged, or its normalisation is wrong")
-        targets_rad, clipped = clip_to_limits(self.frame.to_rad(values), self.limits_rad)
+        wanted_rad = self.frame.to_rad(values)
+        targets_rad, clipped = clip_to_limits(wanted_rad, self.limits_rad)
+        leaning = clipped > (np.abs(wanted_rad[..., -1] - targets_rad[..., -1]) > LIMIT_TOLERANCE_RAD)
         control = np.zeros((*targets_rad.shape[:-1], self.model.nu))
         control[..., self.layout.actuators] = targets_rad
-        return control, clipped
+        return control, clipped, leaning
 
-    def score(self, before: Array, rows: Array, steps: NDArray[np.int64], clipped: NDArray[np.int64]) -> ChunkScore:
+    def score(
+        self,
+        before: Array,
+        rows: Array,
+        steps: NDArray[np.int64],
+        clipped: NDArray[np.int64],
+        leaning: NDArray[np.bool_],
+        traces: Array,
+    ) -> ChunkScore:
         """Rewards and the end of the episode, from the recorded rows of one chunk.
 
         Args:
             before: (N, R) rows before the chunk.
             rows: (N, n, R) rows after each control step; those after an episode's end are ignored.
             steps: (N,) control steps of the episode before the chunk.
-            clipped: (N, n) from `control`.
+            clipped, leaning: (N, n) from `control`.
+            traces: (N, T) of the episodes before the chunk.
         """
         config = self.config
         previous = np.concatenate([before[:, None], rows[:, :-1]], axis=1)
@@ -157,6 +172,7 @@ class PickScene:
             clipped=clipped,
             environment_states=self._environment_states(rows, used, active) if config.environment_state else None,
             broken=np.zeros(len(rows), dtype=bool),
+            traces=self.taxonomy.follow(traces, self.layout.scene_state(before), state, used, active, leaning),
         )
 
     def _environment_states(
@@ -168,6 +184,14 @@ class PickScene:
     def is_success(self, row: Array) -> bool:
         """Whether the instant `row` (R,) counts as success."""
         return bool(is_success(self.layout.scene_state(row), self.config.lift_threshold))
+
+    def begin(self, log: EpisodeLog, seed: int | None, row: Array) -> None:
+        """Starts the record of the episode of `seed`, whose first instant is `row` (R,)."""
+        log.begin(seed, self.block_height(row), self.taxonomy.begin(self.layout.scene_state(row)))
+
+    def judge(self, log: EpisodeLog, success: bool, broken: bool) -> tuple[str, dict[str, float]]:
+        """How an ended episode ended, and its facts."""
+        return self.taxonomy.judge(log.trace, log.length, success, broken, self.control_period_s)
 
     def block_height(self, row: Array) -> float:
         """Height of the block's centre at the instant `row` (R,), metres."""

@@ -48,7 +48,7 @@ class Simulation:
         """Start an episode with what `rng` draws; `seed` names it. Options: see `PickScene.reset`."""
         self.scene.reset(self.data, rng, options)
         self._row, self._ended = self.scene.layout.row(self.data), False
-        self.episode.begin(seed, self.scene.block_height(self._row))
+        self.scene.begin(self.episode, seed, self._row)
 
     def advance(self, actions: ArrayLike) -> ChunkScore:
         """Run the targets (n, 6) one control step each, up to the episode's end; the score of the chunk, N = 1. Where
@@ -62,13 +62,15 @@ class Simulation:
             raise gymnasium.error.ResetNeeded("the episode has ended: call reset()")
         if np.ndim(actions) != 2 or len(np.asarray(actions)) == 0:
             raise ValueError(f"a chunk of actions has shape (n, {NUM_JOINTS}) with n >= 1, got {np.shape(actions)}")
-        control, clipped = self.scene.control(actions)
+        control, clipped, leaning = self.scene.control(actions)
         before = self.row
         rows, stable = self._simulate(control)
         if not stable:
             rows[:] = before
-        score = self.scene.score(before[None], rows[None], np.array([self.episode.length]), clipped[None])
-        score = score.cut_off(np.array([not stable]), np.array([self.scene.block_height(before)]))
+        traces = self.scene.taxonomy.stack([self.episode.trace])
+        length = np.array([self.episode.length])
+        score = self.scene.score(before[None], rows[None], length, clipped[None], leaning[None], traces)
+        score = score.cut_off(np.array([not stable]), np.array([self.scene.block_height(before)]), traces)
         self._row = rows[score.lengths[0] - 1]
         self._ended = bool(score.terminated[0] or score.truncated[0])
         self.episode.record(score, 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from reinflow import ConfigError
 from so101_sim.config import BLOCK_YAW_DEG, EnvConfig
+from so101_sim.outcome import LIFT, Taxonomy
 
 ASPECTS = (
     "instruction", "block_pos", "randomize_block", "block_radius_range", "block_angle_deg", "block_yaw_deg",
@@ -35,6 +36,8 @@ class Task:
     """Fields of EnvConfig that differ from its defaults."""
     demonstrations: Mapping[str, Any] = field(default_factory=dict)
     """Ranges to record in: a little beyond the task's own, so that its edge is not the data's."""
+    taxonomy: Taxonomy = LIFT
+    """How its episodes can end."""
 
 
 _LIFT: dict[str, Any] = {
@@ -92,6 +95,11 @@ def differences(env: EnvConfig, name: str) -> dict[str, Any]:
 def nearest_task(env: EnvConfig) -> str:
     """The name of the task that an environment differs from least."""
     return min(TASKS, key=lambda name: len(differences(env, name)))
+
+
+def taxonomy_of(env: EnvConfig) -> Taxonomy:
+    """How episodes of an environment can end, as its task declares it."""
+    return TASKS[nearest_task(env)].taxonomy
 
 
 def describe(env: EnvConfig) -> str:

@@ -11,12 +11,13 @@ import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import ArrayLike, NDArray
 
-from reinflow.env import ChunkResult, ChunkVectorEnv, Observation
+from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS, Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import EXTRAS, ChunkScore, EpisodeLog
 from so101_sim.renderer import ParallelRenderer, SceneRenderer
 from so101_sim.scene import PickScene
+from so101_sim.tasks.registry import taxonomy_of
 
 
 class ObservationBuffer:
@@ -80,6 +81,11 @@ class SO101VectorEnv(ChunkVectorEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: use at least 1")
         self.config, self.num_envs = config, num_envs
+        self.taxonomy = taxonomy_of(config)
+        # They are the task's, which is told from the configuration.
+        self.outcomes = self.taxonomy.outcomes  # type: ignore[misc]
+        self.facts = self.taxonomy.facts  # type: ignore[misc]
+        self.start_facts = self.taxonomy.start_facts  # type: ignore[misc]
 
     def _check_seeds(self, seeds: Sequence[int]) -> list[int]:
         if len(seeds) != self.num_envs:
@@ -152,7 +158,7 @@ class InProcessVectorEnv(SO101VectorEnv):
         live = np.flatnonzero(~self._ended)
         score = self._spread(self._advance(values[live], live), live, values.shape[1])
         episodes = [
-            self._log(env).stats(env, success=bool(score.terminated[env]), broken=bool(score.broken[env]))
+            self._stats(env, success=bool(score.terminated[env]), broken=bool(score.broken[env]))
             for env in np.flatnonzero(score.terminated | score.truncated).tolist()
         ]
         final_indices = np.flatnonzero(score.truncated)
@@ -169,6 +175,10 @@ class InProcessVectorEnv(SO101VectorEnv):
             environment_states=score.environment_states,
             episodes=episodes,
         )
+
+    def _stats(self, env: int, success: bool, broken: bool) -> EpisodeStats:
+        log = self._log(env)
+        return log.stats(env, success, broken, *self.scene.judge(log, success, broken))
 
     def get_state(self) -> dict[str, Any]:
         """See `ChunkVectorEnv.get_state`."""
@@ -222,6 +232,7 @@ class InProcessVectorEnv(SO101VectorEnv):
             clipped=rows([s.clipped for s in scores], (n,), np.int64),
             environment_states=states,
             broken=rows([s.broken for s in scores], (), np.bool_),
+            traces=rows([s.traces for s in scores], (self.taxonomy.trace_size,), np.float64),
         )
 
     def _observe_chunk_end(self, score: ChunkScore, live: NDArray[np.int64], next_seeds: Sequence[int] | None) -> None:

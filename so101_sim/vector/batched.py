@@ -42,7 +42,7 @@ class BatchedVectorEnv(InProcessVectorEnv):
         self.scene.reset(self._data, episode_generator(seed))
         self._integration[env] = self.scene.integration_state(self._data)
         self._rows[env] = self.scene.layout.row(self._data)
-        self._logs[env].begin(seed, self.scene.block_height(self._rows[env]))
+        self.scene.begin(self._logs[env], seed, self._rows[env])
 
     def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
         rows = self._rows[list(envs)]
@@ -56,16 +56,17 @@ class BatchedVectorEnv(InProcessVectorEnv):
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
         if not len(live):
             return []
-        control, clipped = self.scene.control(actions)
+        control, clipped, leaning = self.scene.control(actions)
         rows, integration = self._rollout(control, live)
         steps = np.array([self._logs[env].length for env in live])
-        score = self.scene.score(self._rows[live], rows, steps, clipped)
+        traces = self.scene.taxonomy.stack(self._logs[env].trace for env in live)
+        score = self.scene.score(self._rows[live], rows, steps, clipped, leaning, traces)
         order, last = np.arange(len(live)), score.lengths - 1
         rows, integration = rows[order, last], integration[order, last]
         # The batch stops a simulation that warns, and its clock with it.
         expected = self._integration[live, 0] + score.lengths * self.scene.control_period_s
         stable = np.abs(integration[:, 0] - expected) <= 0.5 * self.scene.model.opt.timestep
-        score = score.cut_off(~stable, self.scene.layout.scene_state(self._rows[live]).block_pos[..., 2])
+        score = score.cut_off(~stable, self.scene.layout.scene_state(self._rows[live]).block_pos[..., 2], traces)
         self._rows[live[stable]], self._integration[live[stable]] = rows[stable], integration[stable]
         for row, env in enumerate(live.tolist()):
             self._logs[env].record(score, row)
