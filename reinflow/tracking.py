@@ -140,13 +140,13 @@ class WandbSink(Sink):
         self._offer(f"the table {name}", send)
 
     def artifact(self, path: Path, name: str, kind: str) -> None:
-        path = path.resolve()
-        files = {f: str(f.relative_to(path)) for f in sorted(path.rglob("*")) if f.is_file()} or {path: path.name}
-        size = sum(file.stat().st_size for file in files) / 1e6
-
         def send() -> None:
             import wandb
 
+            at = path.resolve()
+            files = {file: str(file.relative_to(at)) for file in sorted(at.rglob("*")) if file.is_file()}
+            files = files or {at: at.name}
+            size = sum(file.stat().st_size for file in files) / 1e6
             artifact = wandb.Artifact(f"{name}-{self.run.id}", type=kind, metadata={"megabytes": round(size, 1)})
             for file, inside in files.items():
                 if size > SENT_MB:
@@ -156,7 +156,7 @@ class WandbSink(Sink):
                     artifact.add_file(str(file), name=inside, policy=policy, skip_cache=True)
             self.run.log_artifact(artifact)
             stays = (
-                f", more than {SENT_MB} MB: it stays in {path}, the artifact names the files" if size > SENT_MB else ""
+                f", more than {SENT_MB} MB: it stays in {at}, the artifact names the files" if size > SENT_MB else ""
             )
             self.say(f"Weights & Biases: artifact {name}, {size:,.1f} MB{stays}")
 
