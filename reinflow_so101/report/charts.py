@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 from reinflow_so101.report.files import RunFiles
@@ -76,7 +77,8 @@ def line(
     mode = "lines+markers" if len(rows) < 30 else "lines"
     shown: Trace = {
         "x": column(rows, run.counted), "y": column(rows, metric, factor), "name": label, "mode": mode,
-        "type": "scatter", "line": {"color": shade, "dash": dash, "width": 2}, "marker": {"color": shade, "size": 5},
+        "type": "scatter", "hovertemplate": f"{label} %{{y:.4g}}<extra></extra>",
+        "line": {"color": shade, "dash": dash, "width": 2}, "marker": {"color": shade, "size": 5},
     }  # fmt: skip
     return [shown | more]
 
@@ -228,20 +230,23 @@ PANELS = (
 
 def panel_chart(panel: Panel, runs: Sequence[RunFiles]) -> Chart | None:
     """A panel's chart; None where no run logs any of its metrics."""
+    present = [metric for metric in panel.metrics if any(logged(run, metric) for run in runs)]
+    dashes = dict(zip(present, cycle(DASHES), strict=False))
     data: list[Trace] = []
     for place, run in enumerate(runs):
-        present = [metric for metric in panel.metrics if logged(run, metric)]
         for index, metric in enumerate(present):
-            dashed = DASHES[index % len(DASHES)]
-            shade = color(place) if len(runs) > 1 else color(index)
-            label = panel.metrics[metric]
-            data += line(run, metric, f"{run.name}: {label}" if len(runs) > 1 else label, shade, dashed, panel.factor)
+            shade, label = color(place if len(runs) > 1 else index), panel.metrics[metric]
+            of_run = {"legendgroup": run.name, "showlegend": index == 0} if len(runs) > 1 else {}
+            drawn = line(run, metric, label, shade, dashes[metric], panel.factor, **of_run)
+            data += [_of_run(trace, run.name) for trace in drawn] if of_run else drawn
     if not data:
         return None
     if panel.log:
         for trace in data:
             trace["y"] = [y or None for y in trace["y"]]  # 0 has no place there
     end = max(x or 0 for trace in data for x in trace["x"])
+    if len(runs) > 1 and len(present) > 1:
+        data += [_dash_key(panel.metrics[metric], dash) for metric, dash in dashes.items()]
     for setting in panel.settings:
         values = dict.fromkeys(run.config.get(setting) for run in runs)
         numbers = [value for value in values if isinstance(value, int | float) and value]
@@ -251,6 +256,17 @@ def panel_chart(panel: Panel, runs: Sequence[RunFiles]) -> Chart | None:
         yaxis |= {"range": list(panel.span)}
     shapes = [zone(*panel.healthy)] if panel.healthy else []
     return over_training(panel.key, panel.title, panel.unit, panel.note, runs, data, shapes, yaxis)
+
+
+def _of_run(trace: Trace, name: str) -> Trace:
+    """A line among those of several runs: the legend names the run, the hover both."""
+    return trace | {"name": name, "hovertemplate": f"{name}: {trace['hovertemplate']}"}
+
+
+def _dash_key(label: str, dash: str) -> Trace:
+    """A legend entry that says what a dash stands for."""
+    shown = {"color": "muted", "dash": dash, "width": 2}
+    return {"x": [None], "y": [None], "name": label, "type": "scatter", "mode": "lines", "line": shown}
 
 
 def _log_axis(data: Sequence[Trace]) -> dict[str, Any]:

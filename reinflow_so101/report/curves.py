@@ -32,12 +32,13 @@ def learning_curve(runs: Sequence[RunFiles]) -> Chart | None:
     data: list[Trace] = []
     shapes: list[dict[str, Any]] = []
     for place, run in enumerate(runs):
-        shade, whose = color(place), f"{run.name}: " if len(runs) > 1 else ""
-        width: dict[str, Any] = {"line": {"color": f"{shade}/0.45", "width": 1.2}, "mode": "lines"}
-        data += line(run, f"rollout/{name}", f"{whose}training, with noise", shade, factor=factor, **width)
-        data += _evaluations(run, f"eval/{name}", f"{whose}noise-free, tuning seeds", shade, factor)
-        data += _reports(run, whose, shade, by_return)
-        if len(runs) == 1:
+        shade, one = color(place), len(runs) == 1
+        thin: dict[str, Any] = {"line": {"color": f"{shade}/0.45", "width": 1.2}, "mode": "lines", "showlegend": one}
+        drawn = line(run, f"rollout/{name}", "training, with noise", shade, factor=factor, **thin)
+        drawn += _evaluations(run, f"eval/{name}", "noise-free, tuning seeds", shade, factor)
+        drawn += _reports(run, shade, by_return)
+        data += drawn if one else [_among(trace, run.name) for trace in drawn]
+        if one:
             shapes += _report_bands(run, by_return)
     data += [trace for group in grouped(runs) if len(group) > 1 for trace in _spread(group, f"eval/{name}", factor)]
     if not data:
@@ -46,11 +47,19 @@ def learning_curve(runs: Sequence[RunFiles]) -> Chart | None:
     note = (
         "Healthy: the noise-free curve leaves the band of the start and rises; the sampled one follows from below. "
         "Points with bars are the reporting seeds, which chose nothing; bands and bars are 95 % intervals"
-        + (", and the grey band spans the training seeds." if len(runs) > 1 else ".")
+        + ("; thin lines are sampled; a grey band spans training seeds." if len(runs) > 1 else ".")
     )
     yaxis = {"rangemode": "tozero"} if by_return else {"range": [0, 102]}
     unit = "mean return of an episode" if by_return else "% of the episodes"
     return over_training("curve", f"{what} over training", unit, note, runs, data, shapes, yaxis, wide=True, height=420)
+
+
+def _among(trace: Trace, name: str) -> Trace:
+    """A trace among those of several runs, which the legend names once."""
+    shown = trace | {"legendgroup": name, "name": name}
+    if "hovertemplate" in trace:
+        shown["hovertemplate"] = f"{name}: {trace['hovertemplate']}"
+    return shown if "tuning" in trace["name"] else shown | {"showlegend": False}
 
 
 def _evaluations(run: RunFiles, metric: str, label: str, shade: str, factor: float) -> list[Trace]:
@@ -74,7 +83,7 @@ def score(result: EvalResult, by_return: bool) -> tuple[float, float, float]:
     return 100 * result.success_rate, 100 * low, 100 * high
 
 
-def _reports(run: RunFiles, whose: str, shade: str, by_return: bool) -> list[Trace]:
+def _reports(run: RunFiles, shade: str, by_return: bool) -> list[Trace]:
     """The evaluations before and after, as points with their intervals."""
     points = [(0.0, run.before, "before")] if run.before else []
     if run.after:
@@ -87,10 +96,11 @@ def _reports(run: RunFiles, whose: str, shade: str, by_return: bool) -> list[Tra
         bars = {"type": "data", "symmetric": False, "array": [number(high - middle)], "color": shade, "thickness": 2}
         traces.append(
             {
-                "x": [number(x)], "y": [number(middle)], "name": f"{whose}{when}, reporting seeds", "type": "scatter",
+                "x": [number(x)], "y": [number(middle)], "name": f"{when}, reporting seeds", "type": "scatter",
                 "mode": "markers", "error_y": bars | {"arrayminus": [number(middle - low)]},
                 "marker": {"color": shade, "size": 11, "symbol": "diamond" if when == "after" else "diamond-open"},
-                "showlegend": not whose, "cliponaxis": False,
+                "cliponaxis": False,
+                "hovertemplate": f"{when}, reporting seeds %{{y:.4g}} [{low:.4g}, {high:.4g}]<extra></extra>",
             }
         )  # fmt: skip
     return traces

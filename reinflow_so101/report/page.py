@@ -14,7 +14,7 @@ from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow_so101.doctor_rules import RULES
 from reinflow_so101.report.charts import COUNTED, Chart, algorithm_charts, phase_totals, reward_charts, time_charts
 from reinflow_so101.report.curves import learning_curve
-from reinflow_so101.report.episodes import OutcomeRow, map_charts, outcome_chart, outcome_rows
+from reinflow_so101.report.episodes import OutcomeRow, map_charts, outcome_chart, outcome_rows, pairs_of
 from reinflow_so101.report.files import RunFiles, read_runs
 from reinflow_so101.report.films import Films, ShownFilm, make_films, named_start, within
 from reinflow_so101.report.tables import (
@@ -37,13 +37,21 @@ REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
+class Remark:
+    """What is not there and why, and the commands that make it."""
+
+    text: str
+    commands: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Failures:
     """Where and how one run's episodes fail."""
 
     charts: Sequence[Chart] = ()
     outcomes: Sequence[OutcomeRow] = ()
     when: Sequence[str] = ()  # of the outcomes' counts
-    remark: str = ""
+    remark: Remark | None = None
     worst: str = ""  # the region of the start that is surely bad
 
 
@@ -56,7 +64,8 @@ class RunPart:
     before: tuple[str, str]
     after: tuple[str, str]
     change: Change | None
-    missing: str  # which evaluations, and the command that makes them
+    missing: Remark | None  # which evaluations
+    still_failing: Sequence[int]  # seeds
     facts: Sequence[tuple[str, str]]  # name, value
     failures: Failures
     phases: Sequence[tuple[str, str, float]]  # name, seconds in words, share
@@ -76,6 +85,7 @@ class Page:
     made: str
     runs: Sequence[RunPart]
     unit: str  # what an evaluation counts
+    test: str  # of the paired differences
     curve: Chart | None
     results: tuple[Sequence[str], Sequence[Sequence[str]]]
     differing: Sequence[Row]
@@ -157,6 +167,7 @@ def make_page(runs: Sequence[RunFiles]) -> Page:
         made=datetime.now().strftime("%Y-%m-%d %H:%M"),
         runs=[run_part(place, run) for place, run in enumerate(runs)],
         unit="mean return" if by_return else "success",
+        test="the paired t test" if by_return else "McNemar's exact test",
         curve=learning_curve(runs),
         results=results_table(runs),
         differing=differing(runs),
@@ -180,12 +191,19 @@ def run_part(place: int, run: RunFiles) -> RunPart:
     return RunPart(
         name=run.name, about=about(run),
         before=say_score(run.before, run.is_gym), after=say_score(run.after, run.is_gym),
-        change=change_of(run), missing=missing_evaluations(run), facts=facts_of(run), failures=failures_of(place, run),
-        phases=[(name, say_time(seconds), seconds / whole) for name, seconds in totals.items() if seconds],
+        change=change_of(run), missing=missing_evaluations(run), still_failing=still_failing(run),
+        facts=facts_of(run), failures=failures_of(place, run),
+        phases=[(name, say_time(took), took / whole) for name, took in totals.items() if took / whole > 0.005],
         findings=run.findings, manifest=[line.strip() for line in manifest if line.strip()],
         special=special, special_remark=remark,
         config=[Row(name, (say(value),)) for name, value in run.config.items()], path=str(run.path),
     )  # fmt: skip
+
+
+def still_failing(run: RunFiles) -> list[int]:
+    """Seeds that fail before and after."""
+    pairs = pairs_of(run.before, run.after) if run.before and run.after else []
+    return [pair.after.seed for pair in pairs if pair.kind == "still failing"]
 
 
 def about(run: RunFiles) -> str:
@@ -226,17 +244,18 @@ def eval_command(run: RunFiles, when: str) -> str:
     return f"reinflow-eval --policy-path {policy}{acts} {seeds} --output-dir {run.path}/eval_{when}"
 
 
-def missing_evaluations(run: RunFiles) -> str:
-    """Which of the two reports is not there and how to get it; "" where both are."""
+def missing_evaluations(run: RunFiles) -> Remark | None:
+    """Which of the two reports is not there; None where both are."""
     absent = [when for when, result in (("before", run.before), ("after", run.after)) if result is None]
     if not absent:
-        return "" if change_of(run) else "The evaluations before and after played different seeds: there are no pairs."
+        different = Remark("The evaluations before and after played different seeds: there are no pairs.")
+        return None if change_of(run) else different
     if run.state == "running" and absent == ["after"]:
-        return "The run is at work: the evaluation after training comes at its end."
-    commands = "; ".join(eval_command(run, when) for when in absent)
-    return (
+        return Remark("The run is at work: the evaluation after training comes at its end.")
+    return Remark(
         f"Not evaluated {' and '.join(absent)} training: a run does that with --report-episodes above 0. To make up "
-        f"for it: {commands}"
+        "for it:",
+        [eval_command(run, when) for when in absent],
     )
 
 
@@ -245,21 +264,19 @@ def failures_of(place: int, run: RunFiles) -> Failures:
     results = {when: result for when, result in (("before", run.before), ("after", run.after)) if result}
     if not results:
         return Failures(remark=missing_evaluations(run))
-    charts, remark = map_charts(place, results)
-    outcomes = outcome_rows(list(results.values()))
-    chart = outcome_chart(place, results)
-    remarks = [remark] if remark else []
-    if not outcomes:
-        remarks.append("the evaluations do not say how their episodes ended")
+    charts, missing = map_charts(place, results)
+    outcomes, chart = outcome_rows(list(results.values())), outcome_chart(place, results)
+    remarks = [missing] if missing else []
+    remarks += [] if outcomes else ["the evaluations do not say how their episodes ended"]
+    commands: list[str] = []
+    if not (charts and outcomes) and not run.is_gym:
+        remarks.append("they are of an older version, those of today tell")
+        commands = [eval_command(run, when) for when in results]
+    text = "; ".join(remarks)
+    remark = Remark(f"{text[:1].upper()}{text[1:]}{':' if commands else '.'}", commands) if text else None
     worst = worst_region(run.after) if run.after and charts else None
-    text = f"{'; '.join(remarks)}." if remarks else ""
-    if text and not (charts and outcomes) and not run.is_gym:
-        commands = "; ".join(eval_command(run, when) for when in results)
-        text += f" They are of an older version; those of today tell: {commands}"
-    return Failures(
-        [*charts, *([chart] if chart else [])], outcomes, list(results), text[:1].upper() + text[1:],
-        worst.describe(run.after.facts) if worst and run.after else "",
-    )  # fmt: skip
+    where = worst.describe(run.after.facts) if worst and run.after else ""
+    return Failures([*charts, *([chart] if chart else [])], outcomes, list(results), remark, where)
 
 
 def render(page: Page) -> str:

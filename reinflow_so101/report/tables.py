@@ -93,12 +93,20 @@ def results_table(runs: Sequence[RunFiles]) -> tuple[tuple[str, ...], list[tuple
         rows.append(
             (
                 run.name, say(run.config.get("seed")), run.state, f"{done or 0:,.0f}", say_time(run.seconds),
-                " ".join(say_score(run.before, run.is_gym)[:1]), say_score(run.after, run.is_gym)[0],
-                change.difference if change else NONE, change.p.removeprefix("p ") if change else NONE,
+                _with_interval(run.before, run.is_gym), _with_interval(run.after, run.is_gym),
+                f"{change.difference} [{change.interval}]" if change else NONE,
+                change.p.removeprefix("p ").removeprefix("= ") if change else NONE,
                 NONE if best is None else f"{100 * best:.1f} %", str(len({f["rule"] for f in run.findings})),
             )
         )  # fmt: skip
     return head, rows
+
+
+def _with_interval(result: EvalResult | None, by_return: bool) -> str:
+    if result is None:
+        return NONE
+    _, low, high = score(result, by_return)
+    return f"{say_score(result, by_return)[0]} [{low:,.1f}, {high:,.1f}]"
 
 
 def differing(runs: Sequence[RunFiles]) -> list[Row]:
