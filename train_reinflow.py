@@ -37,6 +37,7 @@ from reinflow.settings import (
 from reinflow_gym.config import GymConfig
 from reinflow_so101.checks import check_config
 from reinflow_so101.command_line import PATH_FIELDS, ThisStart, parse_flags, starting_point
+from reinflow_so101.dashboard import keep_results, show_report
 from reinflow_so101.opening import check_start, make_policy, make_run, open_run  # noqa: F401 - for those who build on it
 from reinflow_so101.presets import PRESET_VALUES
 from so101_sim.config import EnvConfig
@@ -277,7 +278,8 @@ class TrainingConfig:
     eval_seed: Annotated[int, SEED] = 5_000
     """First tuning seed; below 10,000."""
     report_episodes: Annotated[int, NOT_NEGATIVE] = 200
-    """Episodes of the evaluation before and after training, on seeds from report_seed; 0 leaves it out."""
+    """Episodes of the evaluation before and after training, on seeds from report_seed, and with them report.html, a page
+    of charts and films; 0 leaves all that out, reinflow-report makes the page of any run."""
     report_seed: Annotated[int, SEED] = 10_000
     """First reporting seed; nothing is ever chosen by these."""
 
@@ -401,6 +403,7 @@ def train(config: TrainingConfig) -> None:
             run.save_if_due()
         run.finish()
         report(run, config, "after")
+        keep_results(run)
 
 
 def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
@@ -444,6 +447,7 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
     """Noise-free success on reporting seeds, before training and of the best checkpoint after; it chooses nothing."""
     from reinflow.evaluate import write_eval_info
     from reinflow_so101.policy_card import TASK_GROUP
+    from reinflow_so101.report.after import write_page
 
     if config.report_episodes == 0 or run.stop_requested or (when == "before" and run.iteration > 0):
         return
@@ -452,6 +456,9 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
     if result := play(run, config, config.report_seed, config.report_episodes):
         write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(config.env_id or TASK_GROUP))
         run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
+        show_report(run, config, when, result)
+        if when == "after":
+            write_page(run, config)
 
 
 def play(run: Run, config: TrainingConfig, first_seed: int, episodes: int) -> EvalResult | None:

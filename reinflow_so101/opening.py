@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from reinflow import ConfigError
 from reinflow.env import usable_cores
+from reinflow.progress import spinner
 from reinflow.settings import check_same_settings, config_to_json, cut, read_config, refuse_existing_run
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import (
@@ -213,7 +214,8 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
     wanted = replace(config.policy(), policy_path=str(start.policy)) if start else config.policy()
     if start and start.is_copy:
         wanted = replace(wanted, rename_map="", normalization="auto", joint_frame="auto", calibration="")
-    policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
+    with spinner("loading the policy"):
+        policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
     config = replace(config, **policy.settled())
     learner = PPOLearner(policy, config.chain(), config.learner(), config.seed, config.rescore_log_probs)
     backend = "subproc" if config.use_subproc_env else "auto"
@@ -226,6 +228,7 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
         rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=world_card(config.world()),
         start_weights=start.weights if start else "",
         resume_command=f"{this_command('reinflow-train')} --resume --output-dir {run_dir}",
+        tags=(config.preset, config.env_id or nearest_task(config.env()), config.model_type),
     )  # fmt: skip
     return config, run
 
