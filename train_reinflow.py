@@ -278,8 +278,8 @@ class TrainingConfig:
     eval_seed: Annotated[int, SEED] = 5_000
     """First tuning seed; below 10,000."""
     report_episodes: Annotated[int, NOT_NEGATIVE] = 200
-    """Episodes of the evaluation before and after training, on seeds from report_seed, and with them report.html, a page
-    of charts and films; 0 leaves all that out, reinflow-report makes the page of any run."""
+    """Episodes of the evaluation before and after training, on seeds from report_seed; report.html comes with it, a
+    page of charts and films. 0 leaves both out; reinflow-report makes the page of any run."""
     report_seed: Annotated[int, SEED] = 10_000
     """First reporting seed; nothing is ever chosen by these."""
 

@@ -179,7 +179,7 @@ PANELS = (
     Panel(
         "ratio", "Probability ratio, new to old", "ratio, log scale",
         "Healthy: smallest and largest within a factor of a few of 1. Beyond 10 or below 0.1 the rollout says nothing "
-        "about the new policy.",
+        "about the new policy. A single step per rollout leaves them at 1.",
         {"ppo/ratio_max": "largest", "ppo/ratio_mean": "mean", "ppo/ratio_min": "smallest"}, log=True,
     ),
     Panel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Page:
     thinned: str
     rules: Sequence[Any] = RULES
     films: Sequence[ShownFilm] = ()
-    film_remarks: Sequence[str] = field(default_factory=list)
+    film_remarks: Sequence[Remark] = ()
 
     def charts(self) -> list[Chart]:
         """Every chart of the page."""
@@ -141,10 +141,11 @@ def write_report(run_dirs: Sequence[Path], path: Path | None = None, films: int 
     return path
 
 
-def film_all(runs: Sequence[RunFiles], most: int, room: int) -> tuple[list[ShownFilm], list[str]]:
+def film_all(runs: Sequence[RunFiles], most: int, room: int) -> tuple[list[ShownFilm], list[Remark]]:
     """Films of every run, as many as there is room for, and what must be said of those that are not there."""
     if not most:
-        return [], ["none were asked for (--films 0)."]
+        command = f"reinflow-report {' '.join(str(run.path) for run in runs)} --films {DEFAULT_FILMS}"
+        return [], [Remark("None in this report; to have some:", [command])]
     share = max(most // len(runs), 1)
     whose = ["" if len(runs) == 1 else f"{run.name}: " for run in runs]
     made: list[Films] = []
@@ -152,7 +153,7 @@ def film_all(runs: Sequence[RunFiles], most: int, room: int) -> tuple[list[Shown
         made.append(make_films(run, share) if place * share < most else Films(remark=f"left out (--films {most})."))
     remarks = [f"{who}{films.remark}" for who, films in zip(whose, made, strict=True) if films.remark]
     shown, cut = within([film for films in made for film in films.shown], room)
-    return shown, remarks + ([cut] if cut else [])
+    return shown, [Remark(text[:1].upper() + text[1:]) for text in (*remarks, cut) if text]
 
 
 def make_page(runs: Sequence[RunFiles]) -> Page:
