@@ -69,12 +69,12 @@ class EpisodeLog:
     max_height_m: float = 0.0
     clipped_targets: int = 0
     reward_terms: dict[str, float] = field(default_factory=dict)
-    trace: list[float] = field(default_factory=list)  # see so101_sim.outcome; empty: nobody followed from the start
+    trace: list[float] = field(default_factory=list)  # see so101_sim.outcome; empty: nobody follows
 
-    def begin(self, seed: int | None, height_m: float, trace: list[float]) -> None:
-        """Starts over for the episode of `seed`."""
+    def begin(self, seed: int | None, height_m: float, trace: list[float] | None = None) -> None:
+        """Starts over for the episode of `seed`, followed from the trace of its start if there is one."""
         self.seed = seed
-        self.max_height_m, self.trace = height_m, trace
+        self.max_height_m, self.trace = height_m, trace or []
         self.length, self.return_, self.clipped_targets, self.reward_terms = 0, 0.0, 0, {}
 
     def record(self, score: ChunkScore, row: int) -> None:

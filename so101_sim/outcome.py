@@ -42,7 +42,7 @@ class Taxonomy(ABC):
     trace_size: ClassVar[int]  # T
 
     def stack(self, traces: Iterable[list[float]]) -> Array:
-        """Traces as an array (N, T); an empty one becomes zeros, which nobody reads."""
+        """Traces as an array (N, T); an empty one becomes zeros."""
         return np.array([trace or [0.0] * self.trace_size for trace in traces])
 
     @abstractmethod
@@ -88,8 +88,8 @@ class LiftTaxonomy(Taxonomy):
         "never_reached": "The open jaws never came to the block.",
         "pushed_away": "The block was pushed by more than its width before the jaws closed.",
         "never_closed": "The jaws came to the block and never closed there.",
-        "missed": "The jaws closed beside the block, or on its edge, and never held it.",
-        "slipped": "Both jaws held the block and lost it before it rose.",
+        "missed": "The jaws closed beside the block or above it and did not hold it.",
+        "slipped": "Both jaws held the block, if only by an edge, and lost it before it rose.",
         "dropped": "The block was raised and lost.",
         "timed_out": "The block was held or in the air when time was up.",
     }

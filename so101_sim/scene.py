@@ -22,6 +22,7 @@ from so101_mujoco_utils import (
     REWARD_TERMS,
     Array,
     SceneLayout,
+    SceneState,
     clip_to_limits,
     compute_reward,
     environment_state,
@@ -145,7 +146,7 @@ class PickScene:
             rows: (N, n, R) rows after each control step; those after an episode's end are ignored.
             steps: (N,) control steps of the episode before the chunk.
             clipped, leaning: (N, n) from `control`.
-            traces: (N, T) of the episodes before the chunk.
+            traces: (N, T) of the episodes before the chunk; all zeros where nobody follows them.
         """
         config = self.config
         previous = np.concatenate([before[:, None], rows[:, :-1]], axis=1)
@@ -172,7 +173,7 @@ class PickScene:
             clipped=clipped,
             environment_states=self._environment_states(rows, used, active) if config.environment_state else None,
             broken=np.zeros(len(rows), dtype=bool),
-            traces=self.taxonomy.follow(traces, self.layout.scene_state(before), state, used, active, leaning),
+            traces=self._follow(traces, before, state, used, active, leaning),
         )
 
     def _environment_states(
@@ -185,9 +186,14 @@ class PickScene:
         """Whether the instant `row` (R,) counts as success."""
         return bool(is_success(self.layout.scene_state(row), self.config.lift_threshold))
 
-    def begin(self, log: EpisodeLog, seed: int | None, row: Array) -> None:
-        """Starts the record of the episode of `seed`, whose first instant is `row` (R,)."""
-        log.begin(seed, self.block_height(row), self.taxonomy.begin(self.layout.scene_state(row)))
+    def _follow(self, traces: Array, before: Array, state: SceneState, *steps: NDArray[Any]) -> Array:
+        if not traces.any():  # nobody wants to know: the gymnasium face, whose single steps it would slow down
+            return traces
+        return self.taxonomy.follow(traces, self.layout.scene_state(before), state, *steps)
+
+    def begin_trace(self, row: Array) -> list[float]:
+        """The trace of an episode whose first instant is `row` (R,)."""
+        return self.taxonomy.begin(self.layout.scene_state(row))
 
     def judge(self, log: EpisodeLog, success: bool, broken: bool) -> tuple[str, dict[str, float]]:
         """How an ended episode ended, and its facts."""

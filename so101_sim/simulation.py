@@ -43,12 +43,18 @@ class Simulation:
         return self._row
 
     def start_episode(
-        self, rng: np.random.Generator, seed: int | None, options: Mapping[str, Any] | None = None
+        self,
+        rng: np.random.Generator,
+        seed: int | None,
+        options: Mapping[str, Any] | None = None,
+        follow: bool = False,
     ) -> None:
-        """Start an episode with what `rng` draws; `seed` names it. Options: see `PickScene.reset`."""
+        """Start an episode with what `rng` draws; `seed` names it. Options: see `PickScene.reset`. `follow` it for its
+        outcome and facts."""
         self.scene.reset(self.data, rng, options)
         self._row, self._ended = self.scene.layout.row(self.data), False
-        self.scene.begin(self.episode, seed, self._row)
+        trace = self.scene.begin_trace(self._row) if follow else None
+        self.episode.begin(seed, self.scene.block_height(self._row), trace)
 
     def advance(self, actions: ArrayLike) -> ChunkScore:
         """Run the targets (n, 6) one control step each, up to the episode's end; the score of the chunk, N = 1. Where

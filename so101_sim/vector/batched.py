@@ -42,7 +42,8 @@ class BatchedVectorEnv(InProcessVectorEnv):
         self.scene.reset(self._data, episode_generator(seed))
         self._integration[env] = self.scene.integration_state(self._data)
         self._rows[env] = self.scene.layout.row(self._data)
-        self.scene.begin(self._logs[env], seed, self._rows[env])
+        row = self._rows[env]
+        self._logs[env].begin(seed, self.scene.block_height(row), self.scene.begin_trace(row))
 
     def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
         rows = self._rows[list(envs)]

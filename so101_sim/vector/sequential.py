@@ -29,7 +29,7 @@ class SequentialVectorEnv(InProcessVectorEnv):
         self.simulations = [Simulation(self.scene, renderer) for _ in range(num_envs)]
 
     def _start_episode(self, env: int, seed: int) -> None:
-        self.simulations[env].start_episode(episode_generator(seed), seed)
+        self.simulations[env].start_episode(episode_generator(seed), seed, follow=True)
 
     def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
         return [self.simulations[env].observation() for env in envs]
