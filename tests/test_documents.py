@@ -6,9 +6,11 @@ rest runs with ``-m slow``. What cannot run here is listed with its reason, and 
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -236,3 +238,118 @@ def test_the_readme_is_short_and_has_its_test_command() -> None:
     assert text.count("\n") <= 220
     block = re.search(r"<!-- test command -->\n```bash\n(.*?)```\n<!-- end -->", text, re.DOTALL)
     assert block and "pytest" in block[1]
+
+
+# --- Error messages ---------------------------------------------------------------------------------------------------
+
+TROUBLE = ROOT / "docs/troubleshooting.md"
+PACKAGES = ("reinflow", "so101_sim", "reinflow_vla", "reinflow_gym", "reinflow_so101")
+ROOT_FILES = ("train_reinflow.py", "reinflow_smolvla.py", "pi0_adapter.py", "so101_gym_env.py", "so101_mujoco_utils.py")
+GAP = "\0"  # where a message has a name or a number
+# Errors whose text is put together before it is raised: a piece of it.
+BUILT = {
+    "RatioGuardError": "ratio is off 1 by",
+    "UnstableSimulationError": "became unstable after control step",
+    "WorkerError": "it died (exit code",
+}
+# What newcomers meet first: these must be there whatever else is.
+MOST_MET = (
+    "cannot render off screen", "is not available on this machine", "holds a run already", "resume needs the run",
+    "a resumed run keeps its settings", "no such directory", "could not be taken from the Hugging Face hub",
+    "hold no", "fit no joint frame", "--rename-map", "set chunk_size", "exceeds sigma_max", "needs ... decisions",
+    "ratio is off 1 by", "no key is known", "holds an evaluation already", "no config.json", "do not run it yet",
+    "of another baseline", "do not fit into the",
+)  # fmt: skip
+
+
+def template(node: ast.expr) -> str:
+    """The text of a message, with gaps where it is filled; "" for what is no text."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(part.value if isinstance(part, ast.Constant) else GAP for part in parts)
+        case ast.BinOp(left=left, right=right):
+            return (template(left) or GAP) + (template(right) or GAP)
+        case ast.IfExp(body=body, orelse=other):
+            return template(body) or template(other)
+    return ""
+
+
+def sources() -> list[Path]:
+    return [p for p in tracked(".py") if p.relative_to(ROOT).parts[0] in (*PACKAGES, *ROOT_FILES)]
+
+
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in sources()}
+
+
+def user_errors(modules: dict[Path, ast.Module]) -> set[str]:
+    """UserError and all that descends from it."""
+    found, before = {"UserError"}, 0
+    classes = [node for tree in modules.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    while len(found) > before:
+        before = len(found)
+        found |= {c.name for c in classes if any(ast.unparse(base).split(".")[-1] in found for base in c.bases)}
+    return found
+
+
+@dataclass(frozen=True)
+class Message:
+    module: str
+    text: str  # with gaps
+    error: str  # the class that is raised with it; "" for a text on the way to one
+
+
+def messages() -> list[Message]:
+    """Every text in the packages that could reach a user, docstrings not among them."""
+    modules = trees()
+    errors, found = user_errors(modules), []
+    for path, tree in modules.items():
+        name = path.relative_to(ROOT).as_posix()
+        docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        raised = {
+            id(argument): ast.unparse(node.exc.func).split(".")[-1]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+            for argument in node.exc.args
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp | ast.IfExp) and id(node) not in docs:
+                error = raised.get(id(node), "")
+                if text := template(node):
+                    found.append(Message(name, text, error if error in errors else ""))
+    return found
+
+
+def entries() -> list[str]:
+    """The quoted messages of docs/troubleshooting.md."""
+    rows = re.findall(r"^\| (`.*?`) \| ", TROUBLE.read_text(), re.MULTILINE)
+    return [row.strip("`") for row in rows]
+
+
+def says(message: Message, quoted: str) -> bool:
+    """Whether the message is the quoted one; ``...`` stands for anything."""
+    pieces = [re.escape(piece.strip()) for piece in quoted.split("...") if piece.strip()]
+    return re.search(".*?".join(pieces), message.text, re.DOTALL) is not None
+
+
+def test_troubleshooting_quotes_what_the_code_says() -> None:
+    known = messages()
+    silent = [entry for entry in entries() if not any(says(message, entry) for message in known)]
+    assert len(entries()) > 100
+    assert not silent, "\n".join(silent)
+
+
+def test_every_error_class_and_every_module_that_raises_one_has_an_entry() -> None:
+    raised, quoted = [m for m in messages() if m.error], entries()
+    covered = [m for m in raised if any(says(m, entry) for entry in quoted)]
+    assert {m.module for m in raised} == {m.module for m in covered}
+    by_helpers = user_errors(trees()) - {m.error for m in covered}
+    assert by_helpers == set(BUILT)
+    assert all(any(piece in entry for entry in quoted) for piece in BUILT.values())
+
+
+def test_the_messages_most_met_have_entries() -> None:
+    text = "\n".join(entries())
+    assert [piece for piece in MOST_MET if piece not in text] == []
