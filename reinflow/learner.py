@@ -14,10 +14,15 @@ from torch import Tensor
 from reinflow import ConfigError, UserError, ppo
 from reinflow.credit import Advantages, advantages_by_control_step, advantages_by_decision
 from reinflow.flow import ChainScore, ChainSpec, chain_log_prob, group_advantage, group_mask
+from reinflow.gradient_noise import GradientMemory, noise_scale
 from reinflow.natural import NaturalGradient
 from reinflow.policy import Context, FlowPolicy
+from reinflow.ppo import full_batches
+from reinflow.progress import tracked
 from reinflow.rollout import CreditPer, RolloutBuffer
+from reinflow.rounding import narrow_products
 from reinflow.training_state import load_optimizer
+from reinflow.update_log import MeanLog, Probe
 
 RATIO_TOLERANCE = 1e-4
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
@@ -86,17 +91,6 @@ class RolloutBatch:
         return chain_log_prob(policy, self.context, self.chain, spec, self.noisy)
 
 
-def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches of exactly ``batch`` rows from ``epochs`` shuffled passes over ``num`` rows.
-
-    Passes are joined before they are cut, so that no optimiser step gets a short batch; fewer than ``batch`` rows
-    are left over at the very end.
-    """
-    stream = torch.cat([torch.randperm(num, generator=generator) for _ in range(epochs)])
-    for start in range(0, len(stream) - batch + 1, batch):
-        yield stream[start : start + batch]
-
-
 def make_policy_optimizer(policy: FlowPolicy, settings: LearnerSettings) -> torch.optim.Optimizer:
     """Adam, or K-FAC over the policy's linear layers."""
     parameters = policy.policy_parameters()
@@ -117,6 +111,7 @@ class PPOLearner:
         if narrow:
             raise ConfigError(f"{len(narrow)} tensors that learn are {narrow[0].dtype}: small steps would round away")
         self.normalizer = ppo.ReturnNormalizer()
+        self.gradients = GradientMemory(Probe(policy.policy_parameters()))
         self.policy_optimizer = make_policy_optimizer(policy, settings)
         # A group may be empty (no critic), the list of groups may not.
         critic = [{"params": policy.critic_parameters()}]
@@ -163,10 +158,8 @@ class PPOLearner:
         if not critic_only:
             if self.starting_policy is not None:
                 data.anchor = self._anchor(data, self.starting_policy)
-            if isinstance(self.policy_optimizer, NaturalGradient):
-                metrics |= self._natural_step(self.policy_optimizer, data, lr_factor)
-            else:
-                metrics |= self._update_policy(data)
+            metrics |= self._move_policy(data, lr_factor)
+            metrics |= _noise_scale(buffer, metrics)
         metrics |= self._update_critic(normalized)
         for optimizer in (self.policy_optimizer, self.critic_optimizer):
             optimizer.zero_grad(set_to_none=True)  # memory that the next rollout can use
@@ -179,6 +172,7 @@ class PPOLearner:
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "return_normalizer": self.normalizer.state_dict(),
             "lr_scale": self.lr_scale,
+            "gradients": self.gradients.state_dict(),
             "shuffle_rng": self.generator.get_state(),
         }
 
@@ -197,6 +191,8 @@ class PPOLearner:
         load_optimizer(self.critic_optimizer, state["critic_optimizer"], "critic optimizer")
         self.normalizer.load_state_dict(state["return_normalizer"])
         self.lr_scale = state["lr_scale"]
+        if "gradients" in state:  # a checkpoint of before begins to remember anew
+            self.gradients.load_state_dict(state["gradients"])
         self.generator.set_state(state["shuffle_rng"])
 
     def _advantages(self, buffer: RolloutBuffer) -> Advantages:
@@ -247,11 +243,10 @@ class PPOLearner:
             raise RatioGuardError(self._name_the_cause(error, tolerance, new_log_prob, part))
         dims = part.log_prob.shape[1]
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
-        total = data.log_prob[:size].sum(1).mean().item()
-        if self.spec.reduction == "mean":
-            total *= (self.spec.num_denoising_steps + 1) * coordinates / self.spec.num_noisy_steps
+        total = data.log_prob[:size].sum(1).mean().item() * self._undo_mean(coordinates)
         return {
             "ppo/ratio_error_before_update": error,
+            "ppo/kl_before_update": float(ppo.approx_kl(new_log_prob, part.log_prob, part.mask)),
             "logprob/per_dimension": total / coordinates,
             "logprob/groups": float(dims),
             "logprob/coordinates": coordinates / dims,
@@ -274,8 +269,7 @@ class PPOLearner:
     @torch.no_grad()
     def _rescore(self, data: RolloutBatch) -> None:
         """Old log-probs by the update's own minibatches: a sum in bf16 or TF32 rounds by the shape of its batch."""
-        parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
-        data.log_prob = torch.cat([part.score(self.policy, self.spec).log_prob for part in parts])
+        data.log_prob = torch.cat([score.log_prob for score in self._scores(data, "scoring again")])
 
     def _name_the_cause(self, error: float, allowed: float, new: Tensor, part: RolloutBatch) -> str:
         old = part.log_prob
@@ -285,7 +279,7 @@ class PPOLearner:
             cause = f"log-probs are {old.dtype} when acting and {new.dtype} when updating; both must be float32"
         elif self.policy.training:
             cause = "the policy is in training mode (dropout?); it must be in eval mode for acting and updating"
-        elif narrow := _narrow_products(part.context):
+        elif narrow := narrow_products(part.context):
             cause = (
                 f"{narrow}, which round by the shape of their batch: add --rescore-log-probs, or set minibatch_size to "
                 "the number of environments"
@@ -297,16 +291,28 @@ class PPOLearner:
             )
         return f"ratio is off 1 by {error:.2e} (allowed {allowed:.0e}) before the first optimiser step: {cause}"
 
-    def _update_policy(self, data: RolloutBatch) -> dict[str, float]:
-        """PPO epochs until done or until a step's KL exceeds ``target_kl``."""
-        s, log = self.settings, _MeanLog()
+    def _move_policy(self, data: RolloutBatch, lr_factor: float) -> dict[str, float]:
+        """The policy's steps, and how far they took it."""
+        before = self.gradients.probe.weights()
+        if isinstance(self.policy_optimizer, NaturalGradient):
+            info, kl_data = self._natural_step(self.policy_optimizer, data, lr_factor)
+        else:
+            info, kl_data = self._update_policy(data)
+        info["ppo/decision_kl"] = self._decision_kl(kl_data)
+        moved = self.gradients.probe.moved_share(before)
+        stayed = info["ppo/steps_undone"] or info.get("ppo/steps_refused") or not info["ppo/approx_kl"]
+        return info if stayed or moved is None else info | {"ppo/weights_moved": moved}
+
+    def _update_policy(self, data: RolloutBatch) -> tuple[dict[str, float], RolloutBatch]:
+        """PPO epochs until done or until a step's KL exceeds ``target_kl``; metrics, and what it was measured on."""
+        s, log = self.settings, MeanLog()
         kl_rows = torch.randperm(len(data), generator=self.generator)[:KL_SAMPLE]
         kl_data, kl, steps, stopped, undone = data[kl_rows], 0.0, 0, False, False
         norms: list[float] = []
         batch = min(s.batch_size, len(data))  # fewer are left where episodes broke
-        for rows in full_batches(len(data), batch, s.num_ppo_epochs, self.generator):
+        for rows in tracked(list(full_batches(len(data), batch, s.num_ppo_epochs, self.generator)), "policy, steps"):
             snapshot = self._snapshot() if s.undo_overshoot else None
-            step = self._policy_step(data, rows)
+            step = self._policy_step(data, rows, first=steps == 0)
             log.add(step)
             norms.append(step["gradients/policy_norm"])
             kl, steps = self._measure_kl(kl_data), steps + 1
@@ -320,7 +326,7 @@ class PPOLearner:
             self.lr_scale *= 0.5
         elif kl < 0.5 * s.target_kl:
             self.lr_scale = min(1.0, self.lr_scale * 1.3)
-        return log.means() | {
+        info = log.means() | {
             "gradients/policy_norm_first": norms[0] if norms else 0.0,
             "gradients/policy_norm_last": norms[-1] if norms else 0.0,
             "ppo/approx_kl": kl,
@@ -329,13 +335,16 @@ class PPOLearner:
             "ppo/early_stopped": float(stopped),
             "ppo/steps_undone": float(undone),
         }
+        return info, kl_data
 
-    def _natural_step(self, optimizer: NaturalGradient, data: RolloutBatch, kl_factor: float) -> dict[str, float]:
+    def _natural_step(
+        self, optimizer: NaturalGradient, data: RolloutBatch, kl_factor: float
+    ) -> tuple[dict[str, float], RolloutBatch]:
         """One step along the natural gradient of the whole rollout, as far as ``target_kl`` (x warm-up) allows."""
-        info = self._policy_gradient(data, torch.arange(len(data)))
+        info = self._policy_gradient(data, torch.arange(len(data))) | self._signal()
         kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
         kl = optimizer.step_to_kl(self.settings.target_kl * kl_factor, lambda: self._measure_kl(kl_data))
-        return info | {
+        info |= {
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": 1.0,
             "ppo/epochs_done": 1.0,
@@ -343,10 +352,16 @@ class PPOLearner:
             "ppo/steps_undone": 0.0,
             "ppo/steps_refused": float(not math.isfinite(kl)),
         }
+        return info, kl_data
 
-    def _policy_step(self, data: RolloutBatch, rows: Tensor) -> dict[str, float]:
+    def _signal(self) -> dict[str, float]:
+        """Of the gradients at the acting weights."""
+        share = self.gradients.signal_share()
+        return {} if share is None else {"gradients/signal_share": share}
+
+    def _policy_step(self, data: RolloutBatch, rows: Tensor, first: bool) -> dict[str, float]:
         """One optimiser step on the whole batch ``rows``."""
-        info = self._policy_gradient(data, rows)
+        info = self._policy_gradient(data, rows) | (self._signal() if first else {})
         parameters, limit = self.policy.policy_parameters(), self.settings.grad_clip_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         if math.isfinite(norm):
@@ -357,10 +372,10 @@ class PPOLearner:
 
     def _policy_gradient(self, data: RolloutBatch, rows: Tensor) -> dict[str, float]:
         """Gradient of the batch ``rows``, accumulated over minibatches."""
-        s, log = self.settings, _MeanLog()
+        s, log = self.settings, MeanLog()
         self.policy_optimizer.zero_grad(set_to_none=True)
         active_groups = data.mask[rows].sum()
-        for part_rows in rows.split(s.minibatch_size):
+        for part_rows in tracked(rows.split(s.minibatch_size), "gradient, minibatches"):
             part = data[part_rows]
             weight = part.mask.sum() / active_groups  # parts then add up to the full batch's mean
             score = part.score(self.policy, self.spec)
@@ -387,17 +402,38 @@ class PPOLearner:
         """Where the policy with ``weights`` would have gone from every stored denoising state."""
         now = self._snapshot()
         self._restore(weights)
-        parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
-        means = [part.score(self.policy, self.spec).mean for part in parts]
+        means = [score.mean for score in self._scores(data, "anchor")]
         self._restore(now)
         return torch.cat(means)
+
+    def _scores(self, data: RolloutBatch, what: str) -> Iterator[ChainScore]:
+        """Of its minibatches, with a bar."""
+        for rows in tracked(torch.arange(len(data)).split(self.settings.minibatch_size), f"{what}, minibatches"):
+            yield data[rows].score(self.policy, self.spec)
 
     @torch.no_grad()
     def _measure_kl(self, data: RolloutBatch) -> float:
         """approx_kl of the current weights against the acting ones."""
-        parts = [data[rows] for rows in torch.arange(len(data)).split(self.settings.minibatch_size)]
-        scores = [part.score(self.policy, self.spec).log_prob for part in parts]
+        scores = [score.log_prob for score in self._scores(data, "KL")]
         return float(ppo.approx_kl(torch.cat(scores), data.log_prob, data.mask))
+
+    @torch.no_grad()
+    def _decision_kl(self, data: RolloutBatch) -> float:
+        """KL of whole decisions from the acting weights to the current ones, half the mean square of the log-ratio.
+
+        All coordinates of a decision are summed, however the log-probs are reduced, so that one scale serves all runs:
+        2 KL is the squared distance of the two means in noise stds.
+        """
+        scores = torch.cat([score.log_prob for score in self._scores(data, "KL of decisions")])
+        log_ratio = torch.where(data.mask, scores - data.log_prob, 0.0).sum(1)
+        coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
+        return float(0.5 * ((log_ratio * self._undo_mean(coordinates)) ** 2).mean())
+
+    def _undo_mean(self, coordinates: int) -> float:
+        """What the reduction ``mean`` divided a decision's log-prob by; 1 for the others, which sum."""
+        if self.spec.reduction != "mean":
+            return 1.0
+        return (self.spec.num_denoising_steps + 1) * coordinates / self.spec.num_noisy_steps
 
     def _snapshot(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.policy.policy_parameters()]
@@ -411,15 +447,15 @@ class PPOLearner:
 
     def _update_critic(self, advantages: Advantages) -> dict[str, float]:
         """Regression of normalised values; it shares no parameter with the policy and needs no KL stop."""
-        s, log = self.settings, _MeanLog()
+        s, log = self.settings, MeanLog()
         parameters = self.policy.critic_parameters()
         if not parameters:
             return {}
         name = self.policy.critic_input
         rows_of = advantages.context[name]
         self.policy.observe({name: rows_of})
-        batch = min(s.batch_size, len(advantages.target))
-        for rows in full_batches(len(advantages.target), batch, s.num_critic_epochs, self.generator):
+        num, batch = len(advantages.target), min(s.batch_size, len(advantages.target))
+        for rows in tracked(list(full_batches(num, batch, s.num_critic_epochs, self.generator)), "critic, steps"):
             values = self.policy.value({name: rows_of[rows]})
             loss, _ = ppo.value_loss(values, advantages.value[rows], advantages.target[rows], s.value_clip_epsilon)
             self.critic_optimizer.zero_grad(set_to_none=True)
@@ -435,12 +471,13 @@ class PPOLearner:
         return log.means()
 
 
-def _narrow_products(context: Context) -> str:
-    """What computes with less than fp32, in words; empty if nothing is known to."""
-    if any(tensor.is_cuda for tensor in context.values()) and torch.get_float32_matmul_precision() != "highest":
-        return "matrix products are in TF32"
-    narrow = sorted(name for name, tensor in context.items() if tensor.dtype in (torch.bfloat16, torch.float16))
-    return f"{', '.join(narrow)} of the prefix are in bf16" if narrow else ""
+def _noise_scale(buffer: RolloutBuffer, info: dict[str, float]) -> dict[str, float]:
+    """In episodes, by the signal in a step's gradient; nothing where it was not measured or no signal was there."""
+    signal, episodes = info.get("gradients/signal_share"), int((buffer.terminated | buffer.truncated).sum())
+    if signal is None or signal <= 0 or not episodes:
+        return {}
+    in_a_step = episodes * info["ppo/epochs_done"] / info["ppo/optimizer_steps"]
+    return {"gradients/noise_scale": noise_scale(signal, in_a_step)}
 
 
 def _advantage_metrics(buffer: RolloutBuffer, advantages: Advantages) -> dict[str, float]:
@@ -461,25 +498,3 @@ def _reward_to_go(buffer: RolloutBuffer) -> Tensor:
     """(T, N) discounted rewards from each decision to its episode's end; no value takes part."""
     zeros = torch.zeros_like(buffer.value)
     return ppo.compute_gae(buffer.reward, zeros, zeros, buffer.terminated, buffer.truncated, buffer.discount, 1.0)[1]
-
-
-class _MeanLog:
-    """Means (and extremes) of metrics over the steps of one update."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-        self._extremes: dict[str, float] = {}
-
-    def add(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if name in ("ppo/ratio_min", "ppo/ratio_max"):
-                self.extreme(name, value, min if name.endswith("min") else max)
-                continue
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
-
-    def extreme(self, name: str, value: float, pick) -> None:
-        self._extremes[name] = pick(value, self._extremes.get(name, value))
-
-    def means(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self._sums.items()} | self._extremes

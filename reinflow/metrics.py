@@ -20,7 +20,7 @@ REWARD_FAMILY = "reward/"
 METRICS_FILE = "metrics.jsonl"
 
 METRICS: dict[str, str] = {
-    "progress/iteration": "Iterations completed; the x axis of every other metric.",
+    "progress/iteration": "Iterations completed.",
     "progress/episodes": "Training episodes completed.",
     "progress/timesteps": "Control steps of the training's episodes.",
     "rollout/episodes_broken": "Episodes lost to unstable physics, or to a reward or observation that is not finite.",
@@ -38,6 +38,9 @@ METRICS: dict[str, str] = {
     "ppo/ratio_max": "Largest such ratio.",
     "ppo/ratio_mean": "Mean ratio; far from 1 means the old data no longer tells about the new policy.",
     "ppo/approx_kl": "KL from the old to the new policy per ratio group after the last policy step (k3 estimator).",
+    "ppo/decision_kl": "KL of a whole decision from old to new policy, the same scale for every log-prob reduction.",
+    "ppo/kl_before_update": "KL between acting and scoring before the first step; what a step's KL cannot fall below.",
+    "ppo/weights_moved": "Share of the weights with a gradient that the update changed at all; about 1 in fp32.",
     "ppo/ratio_error_before_update": "Largest distance of a ratio from 1 before the first step; the guard allows 1e-4.",
     "ppo/explained_variance": "1 - Var[return - value] / Var[return] before the update: 1 is a perfect critic.",
     "ppo/epochs_done": "Passes over the rollout that the policy made before it stopped.",
@@ -51,6 +54,8 @@ METRICS: dict[str, str] = {
     "gradients/policy_norm": "Policy gradient norm before clipping.",
     "gradients/policy_norm_first": "The same at the iteration's first optimiser step.",
     "gradients/policy_norm_last": "And at its last; growth means that later steps work against the first.",
+    "gradients/signal_share": "Signal's share of a step's squared gradient, by its two halves; average it.",
+    "gradients/noise_scale": "Episodes a step at which that share would be half: the simple noise scale.",
     "gradients/critic_norm": "Critic gradient norm before clipping.",
     "gradients/policy_clipped": "Share of policy steps whose gradient was clipped.",
     "gradients/critic_clipped": "Share of critic steps whose gradient was clipped.",
@@ -70,6 +75,7 @@ METRICS: dict[str, str] = {
     "eval/ci_high": "Upper end of its 95 % Wilson interval.",
     "eval/return_mean": "Mean undiscounted return of the evaluation episodes.",
     "eval/episode_length": "Mean control steps per evaluation episode.",
+    "eval/trained_share": "Share of the evaluation's seeds that the iteration trained on; above 0 it says little.",
     "eval/episodes": "Number of evaluation episodes.",
     "time/rollout": "Seconds of the iteration's rollout.",
     "time/rollout_env": "Seconds of it in the environments.",

@@ -7,7 +7,7 @@ detached 0-dim tensors under the names that the metrics use after their slash.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -69,6 +69,17 @@ def compute_gae(
 def _active(values: Tensor, mask: Tensor | None) -> Tensor:
     """The entries of ``values`` that count, as a flat tensor."""
     return values.flatten() if mask is None else values[mask.bool()]
+
+
+def full_batches(num: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches of exactly ``batch`` rows from ``epochs`` shuffled passes over ``num`` rows.
+
+    Passes are joined before they are cut, so that no optimiser step gets a short batch; fewer than ``batch`` rows
+    are left over at the very end.
+    """
+    stream = torch.cat([torch.randperm(num, generator=generator) for _ in range(epochs)])
+    for start in range(0, len(stream) - batch + 1, batch):
+        yield stream[start : start + batch]
 
 
 def normalize_advantages(advantages: Tensor, mask: Tensor | None = None) -> Tensor:

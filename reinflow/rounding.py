@@ -7,6 +7,9 @@ evaluations, while the optimiser moves the masters; so what is exported is what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,3 +56,11 @@ def act_rounded(module: nn.Module) -> None:
         raise TypeError(
             f"{type(module).__name__} has parameters {sorted(module._parameters)}: only a weight is rounded"
         )
+
+
+def narrow_products(context: Mapping[str, Tensor]) -> str:
+    """What computes with less than fp32, in words; empty if nothing is known to."""
+    if any(tensor.is_cuda for tensor in context.values()) and torch.get_float32_matmul_precision() != "highest":
+        return "matrix products are in TF32"
+    narrow = sorted(name for name, tensor in context.items() if tensor.dtype in (torch.bfloat16, torch.float16))
+    return f"{', '.join(narrow)} of the prefix are in bf16" if narrow else ""

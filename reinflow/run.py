@@ -146,6 +146,7 @@ class Run:
         self._faults: dict[str, int] = {}
         self._saved_at = self._logged_at = self._heard = self._saved_iteration = 0
         self._unlogged: list[dict[str, float]] = []
+        self._played: set[int] = set()  # seeds of the iteration's episodes
         self._iteration_start = time.perf_counter()
 
     # --- Opening and closing ----------------------------------------------------------------------------------------
@@ -383,6 +384,7 @@ class Run:
         row end the run."""
         self.episodes += len(episodes)
         self.timesteps += timesteps
+        self._played = {episode.seed for episode in episodes}
         for episode in episodes:
             if episode.broken:
                 self.tracker.message(
@@ -401,6 +403,8 @@ class Run:
         """Save and mark the best checkpoint: the last one within a standard error of the highest success so far (or
         mean return, where that is the environment's objective), since what chance adds to a few hundred episodes must
         not cost training."""
+        trained = [row.seed in self._played for row in result.episodes]
+        self.metrics["eval/trained_share"] = fmean(trained)
         if result.score + result.standard_error >= self.best_success:
             self.best_success = max(self.best_success, result.score)
             self.log()
