@@ -16,6 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from reinflow import ConfigError, UserError
+from reinflow.progress import spinner, tracked
 from reinflow_so101.checks import FlatConfig
 from reinflow_so101.command_line import parse_flags, starting_point
 from reinflow_so101.opening import published_sizes, settle
@@ -191,7 +192,8 @@ def traced(training: FlatConfig) -> PassBytes:
 def _traced(training: FlatConfig) -> PassBytes:
     from reinflow_so101.memory_planner.trace import trace_passes
 
-    return trace_passes(training)
+    with spinner("tracing the policy's passes"):
+        return trace_passes(training)
 
 
 def switches(config: MemoryConfig) -> Iterator[tuple[str, FlatConfig]]:
@@ -276,7 +278,8 @@ def sweep_table(config: MemoryConfig, passes: PassBytes) -> list[list[float]]:
         plan = make_plan(replace(config, training=changed), passes)
         return math.inf if plan.refused else plan.device_bytes
 
-    return [[peak(envs, rows) for rows in SWEEP_MINIBATCH] for envs in SWEEP_ENVS]
+    numbers = tracked(SWEEP_ENVS, "sweep, numbers of environments")
+    return [[peak(envs, rows) for rows in SWEEP_MINIBATCH] for envs in numbers]
 
 
 def print_sweep(config: MemoryConfig, passes: PassBytes) -> None:
