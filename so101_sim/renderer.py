@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
@@ -47,13 +48,21 @@ class SceneRenderer:
         model: its off-screen buffer is set to `size`.
         cameras: names, in the order of the images.
         size: pixels, height and width.
+        free: views from elsewhere, by names of their own among `cameras`.
 
     Raises:
         RenderError: OpenGL cannot start here; the message says what to install or set.
     """
 
-    def __init__(self, model: mujoco.MjModel, cameras: tuple[str, ...], size: int) -> None:
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        cameras: tuple[str, ...],
+        size: int,
+        free: Mapping[str, mujoco.MjvCamera] | None = None,
+    ) -> None:
         self.cameras, self.size = cameras, size
+        self._views = {name: (free or {}).get(name) or _fixed_camera(model, name) for name in cameras}
         self._model, self._data = model, mujoco.MjData(model)
         model.vis.global_.offwidth = model.vis.global_.offheight = size  # a larger buffer is cleared for nothing
         backend = gl_backend()
@@ -95,17 +104,21 @@ class SceneRenderer:
         mujoco.mj_comPos(self._model, self._data)  # camlight reads the subtree centres of tracking cameras
         mujoco.mj_camlight(self._model, self._data)
         self._gl.make_current()
-        return {camera: self._render_camera(camera) for camera in self.cameras}
+        return {name: self._render_camera(camera) for name, camera in self._views.items()}
 
-    def _render_camera(self, name: str) -> NDArray[np.uint8]:
-        camera = mujoco.MjvCamera()
-        camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._model.camera(name).id
+    def _render_camera(self, camera: mujoco.MjvCamera) -> NDArray[np.uint8]:
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, self._data, self._option, None, camera, everything, self._scene)
         mujoco.mjr_render(self._rect, self._scene, self._context)
         pixels = np.empty((self.size, self.size, 3), dtype=np.uint8)
         mujoco.mjr_readPixels(pixels, None, self._rect, self._context)
         return np.ascontiguousarray(pixels[::-1])  # OpenGL's rows go upwards
+
+
+def _fixed_camera(model: mujoco.MjModel, name: str) -> mujoco.MjvCamera:
+    camera = mujoco.MjvCamera()
+    camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
+    return camera
 
 
 def gl_backend() -> str:
