@@ -4,7 +4,7 @@
     python benchmarks/nulls.py --output-dir runs/nulls --quick
 
 Every run is `train_reinflow.py --preset flow_mlp` with the flags of its arm and, where no flag has it, a fault built in
-by benchmarks/_nulls/faults.py: the settings of the project have no switch for what nobody should want. All start from
+by benchmarks/_null_faults.py: the settings of the project have no switch for what nobody should want. All start from
 the embedded policy. The figure is the noise-free success of the *last* weights on reporting seeds, the same for all, so
 that an arm is compared with its control episode by episode (exact McNemar test, all training seeds together). Beside
 it stands the first rule of the doctor that fired, and when. Runs that exist are not repeated: the command can be
@@ -48,7 +48,7 @@ SMALL = ["--num-envs", "16", "--episodes-per-iteration", "16", "--minibatch-size
 
 @dataclass(frozen=True)
 class Arm:
-    """A training: flags over COMMON, a fault of benchmarks/_nulls/faults.py, the arm to compare with."""
+    """A training: flags over COMMON, a fault of benchmarks/_null_faults.py, the arm to compare with."""
 
     flags: list[str] = field(default_factory=list)
     fault: str = ""
@@ -61,7 +61,10 @@ ARMS: dict[str, Arm] = {
     "adam": Arm(ADAM),
     "one ratio": Arm([*WHITE, "--log-prob-reduction", "chunk"]),
     "1 batch shape": Arm([*WHITE, "--log-prob-reduction", "chunk"], "batch_shape", "one ratio", ("ratio_off_one",)),
-    "2 mean ratio": Arm([*WHITE, "--log-prob-reduction", "mean"], "", "one ratio", ("nothing_moves",)),
+    "mean ratio": Arm([*WHITE, "--log-prob-reduction", "mean"]),
+    "2 mean ratio, unscaled step": Arm(
+        [*WHITE, "--log-prob-reduction", "mean", "--policy-lr", "3e-6"], "", "mean ratio", ("nothing_moves",)
+    ),
     "3 drop penalty": Arm([], "drop_penalty", "natural", ("return_against_success",)),
     "4 training scenes": Arm(["--eval-seed", "8"], "few_scenes", "natural", ("evaluated_on_training",)),
     "5 mixed groups": Arm([], "mixed_groups", "natural", ("blind_critic",)),
@@ -69,7 +72,7 @@ ARMS: dict[str, Arm] = {
     "6 bf16 weights": Arm(ADAM, "bf16_weights", "adam", ("weights_stay",)),
     "7 few episodes": Arm(SMALL, "", "natural", ("too_few_episodes",)),
     "8 steps that undo": Arm(
-        [*ADAM, "--policy-lr", "1e-3", "--target-kl", "0", "--no-undo-overshoot"], "", "adam", ("later_steps_undo",)
+        [*ADAM, "--policy-lr", "3e-4", "--target-kl", "0", "--no-undo-overshoot"], "", "adam", ("later_steps_undo",)
     ),
 }
 
@@ -80,7 +83,7 @@ def run(name: str, seed: int, out: Path, episodes: int, eval_episodes: int) -> P
     if not (directory / "done").exists():
         arm, log = ARMS[name], directory.with_suffix(".log")
         flags = [*COMMON, *arm.flags, "--seed", str(seed), "--episodes", str(episodes), "--output-dir", str(directory)]
-        command = [sys.executable, str(ROOT / "benchmarks/_nulls/train.py"), arm.fault, str(eval_episodes), *flags]
+        command = [sys.executable, str(ROOT / "benchmarks/_null_training.py"), arm.fault, str(eval_episodes), *flags]
         with log.open("w") as file:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
@@ -181,9 +184,7 @@ def table(rows: list[dict[str, float | str]], out: Path) -> str:
         seeds = " ".join(f"{100 * int(row['successes']) / int(row['eval_episodes']):.1f}" for row in mine)
         fired = " ".join(f"{row['rule'] or '-'} {row['fired_at'] or ''}".strip() for row in mine)
         compared = paired(name, [int(row["seed"]) for row in mine], out)
-        lines.append(
-            f"| {name} | {100 * wins / trials:.1f} | {low:.1f}-{high:.1f} | {seeds} | {compared} | {fired} |"
-        )
+        lines.append(f"| {name} | {100 * wins / trials:.1f} | {low:.1f}-{high:.1f} | {seeds} | {compared} | {fired} |")
     return "\n".join(lines)
 
 

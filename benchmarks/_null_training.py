@@ -1,8 +1,8 @@
 """One training with a fault built in, and the evaluation of its last weights; a helper of benchmarks/nulls.py.
 
-    python benchmarks/_nulls/train.py FAULT EVAL_EPISODES --preset flow_mlp ... --output-dir RUN
+    python benchmarks/_null_training.py FAULT EVAL_EPISODES --preset flow_mlp ... --output-dir RUN
 
-FAULT is a name of faults.py or "". The loop is that of train_reinflow.py, whose verbs it calls.
+FAULT is a name of _null_faults.py or "". The loop is that of train_reinflow.py, whose verbs it calls.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from _nulls.faults import EVERY, FAULTS, Fault, FewScenes  # noqa: E402, the checkout is not installed
+from _null_faults import EVERY, FAULTS, Fault, FewScenes  # noqa: E402, the checkout is not installed
 
 from reinflow.checkpoint import CHECKPOINTS, LAST, PRETRAINED  # noqa: E402
 from reinflow.evaluate import EvalResult, evaluate, evaluate_seeds, write_eval_info  # noqa: E402
