@@ -446,6 +446,7 @@ def evaluate(run: Run, config: TrainingConfig) -> None:
 def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -> None:
     """Noise-free success on reporting seeds, before training and of the best checkpoint after; it chooses nothing."""
     from reinflow.evaluate import write_eval_info
+    from reinflow.paired import change_since
     from reinflow_so101.policy_card import TASK_GROUP
     from reinflow_so101.report.after import write_page
 
@@ -456,6 +457,8 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
     if result := play(run, config, config.report_seed, config.report_episodes):
         write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(config.env_id or TASK_GROUP))
         run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
+        if when == "after" and (change := change_since(run.run_dir / "eval_before.json", result)):
+            run.tracker.message(change)
         show_report(run, config, when, result)
         if when == "after":
             write_page(run, config)

@@ -62,12 +62,13 @@ class Monitor:
     """Says of every batch of one comparison whether to go on."""
 
     test: Sequential
+    information: float = 0.0  # t after the pairs that were last told of
     looked_at: float = 0.0  # t of the last look
 
     def look(self, episodes: int, won: int, lost: int) -> int:
         """The verdict after so many pairs; GO_ON where too little came since the last look."""
-        t = float(self.test.information(episodes, won, lost))
-        if t < min(self.looked_at + LOOK_EVERY, 1.0):
+        self.information = float(self.test.information(episodes, won, lost))
+        if self.information < min(self.looked_at + LOOK_EVERY, 1.0):
             return GO_ON
-        self.looked_at = t
-        return int(self.test.verdict(t, won, lost))
+        self.looked_at = self.information
+        return int(self.test.verdict(self.information, won, lost))

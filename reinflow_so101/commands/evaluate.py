@@ -1,6 +1,7 @@
-"""reinflow-eval: noise-free success of a policy on fixed seeds.
+"""reinflow-eval: noise-free success of a policy on fixed seeds, or of several on the same ones.
 
     reinflow-eval --policy-path model/tiny_smolvla --episodes 200 --seed 10000 --output-dir outputs/eval
+    reinflow-eval --compare tiny RUN --episodes 500 --output-dir outputs/compared
 
 Works on a run directory or a checkpoint of train_reinflow.py (its best checkpoint, else its last) and on any stock
 LeRobot policy directory whose cameras and joints match. A SmolVLA, a Pi0 or Pi0.5 and a flow_mlp (the small MLP on
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,17 +28,20 @@ from reinflow_so101.command_line import flag_value, pick_device
 from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
 from reinflow_so101.policy_card import TASK_GROUP, env_of_task, known_env, stored_env
-from reinflow_so101.worlds import gym_world, make_world, say_world
+from reinflow_so101.worlds import World, gym_world, make_world, say_world
 from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
 from reinflow_vla.trust import no_remote_code
 from so101_sim.config import EnvConfig
-from so101_sim.tasks.registry import describe, how_to_choose, named, shows_one_scene
+from so101_sim.tasks.registry import TASKS, describe, how_to_choose, named, shows_one_scene
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from reinflow.env import Observation
     from reinflow.evaluate import Act, EvalResult
+    from reinflow_so101.commands.compare import Comparison
 
-VIDEO_INTERVAL = 2  # control steps per frame: 25 frames a second at 50 Hz
+MOST_UNTIL = 20_000  # episodes of a sequential comparison: enough for 3 points where the two always differ
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,13 @@ class EvalConfig:
     policy_path: str
     """Run directory, checkpoint, or policy directory; "tiny", "tiny-pi0" and "flow_mlp" name the embedded policies."""
     output_dir: str
-    """Where eval_info.json (LeRobot's shape) and the video go; refused if it holds an evaluation."""
+    """Where eval_info.json (LeRobot's shape), episodes.csv and the video go, or compare.json and compare.csv; refused
+    if it holds an evaluation."""
+    compare: tuple[str, ...] = ()
+    """Instead of policy_path: two policies or more, each against the first on the same seeds."""
+    until: Annotated[float, Range(0.005, 0.5, or_zero=True)] = 0.0
+    """Of a comparison of two: stop as soon as a difference is shown, or one of this share (.03: 3 points) is ruled out;
+    episodes is then the most, 20,000 if it is not given. 0 plays all episodes."""
     episodes: Annotated[int, Range(1, 1_000_000)] = 200
     """Episodes; episode i uses seed + i."""
     seed: Annotated[int, SEED] = FIRST_REPORTING_SEED
@@ -59,7 +69,7 @@ class EvalConfig:
     n_action_steps: Annotated[int, Range(0, 1_000)] = 0
     """Executed actions per chunk; 0 takes what is stored with the policy."""
     video: bool = False
-    """Write an mp4 grid of the first episodes, all cameras of the environment side by side."""
+    """Write video.mp4: some of these episodes, failures first, the scene beside what the policy sees."""
     gif: bool = False
     """With video: write it as video.gif too, for a README."""
     video_episodes: Annotated[int, Range(1, 256)] = 4
@@ -96,10 +106,20 @@ def check_config(config: EvalConfig) -> None:
     if config.task:
         named(config.task)
     check_ranges(config)
-    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise ConfigError(f"output_dir={config.output_dir} is a file: choose a directory")
-    if (Path(config.output_dir) / "eval_info.json").exists():
-        raise ConfigError(f"output_dir={config.output_dir} holds an evaluation already: choose another directory")
+    if bool(config.policy_path) == bool(config.compare):
+        given = "both are given" if config.compare else "neither is given"
+        raise ConfigError(f"policy_path, compare: {given}; name one policy by --policy-path, or several by --compare")
+    if len(config.compare) == 1:
+        raise ConfigError(f"compare={config.compare[0]} is one policy: name the others behind it, or use --policy-path")
+    if config.until and len(config.compare) != 2:
+        raise ConfigError(f"until={config.until} stops a comparison of two policies: give it with --compare A B")
+    if config.compare and (config.video or config.gif):
+        raise ConfigError("video shows one policy: leave it out of a comparison, and film each by --policy-path")
+    out = Path(config.output_dir)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output_dir={out} is a file: choose a directory")
+    if (out / "eval_info.json").exists() or (out / "compare.json").exists():
+        raise ConfigError(f"output_dir={out} holds an evaluation already: choose another directory")
 
 
 def find_policy(path: str) -> Path:
@@ -166,37 +186,162 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Evaluate, print the table, write eval_info.json (and video.mp4)."""
+    """Evaluate one policy, print what came out, write eval_info.json, episodes.csv (and video.mp4)."""
     from rich.console import Console
 
-    from reinflow.evaluate import evaluate_seeds, write_eval_info
+    from reinflow.evaluate import evaluate_seeds, write_eval_info, write_rows
 
     check_config(config)
     policy_dir, out = find_policy(config.policy_path), Path(config.output_dir)
     if config.video and gym_world(policy_dir):
         raise ConfigError("video shows the arm; the policy acts in a Gymnasium environment: leave it out")
-    if config.task and gym_world(policy_dir):
-        raise ConfigError(f"task={config.task} is of the arm; the policy acts in a Gymnasium environment: leave it out")
-    out.mkdir(parents=True, exist_ok=True)  # where nothing can be written nothing is played
+    refuse_task_of_the_arm(config, policy_dir)
     elsewhere = gym_world(policy_dir)
     make_env = partial(make_world, elsewhere or config.env)
-    try:
+    with made(out):
         print(f"task: {say_world(elsewhere)}" if elsewhere else which_task(config, policy_dir))
         act = make_actor(config, policy_dir)
         result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # if it is empty
-        raise
+    written = []
     if config.video:
         # Episodes depend on their seeds alone, so the video shows those that were counted.
-        result.video_paths.append(str(record_video(config, act)))
-    path = write_eval_info(
-        out / "eval_info.json", result.to_lerobot_info(elsewhere.env_id if elsewhere else TASK_GROUP)
-    )
-    result.print(Console())
-    print(f"wrote {path}")
+        written += record_video(config, act, result)
+        result.video_paths.append(str(written[0]))
+    info = result.to_lerobot_info(elsewhere.env_id if elsewhere else TASK_GROUP)
+    written += [write_eval_info(out / "eval_info.json", info), write_rows(out / "episodes.csv", result)]
+    show(result, Console(), 0.0 if elsewhere else config.env.control_hz or 50.0)
+    for path in written:
+        print(f"wrote {path}")
     return result
+
+
+def show(result: EvalResult, console: Console, control_hz: float) -> None:
+    """What came out: the summary, how the failures ended, where they happened, and, with a rate, how fast it is."""
+    from reinflow.regions import success_by_region, worst_region
+
+    result.print(console)
+    lines = []
+    if result.objective == "success" and (worst := worst_region(result)) and worst.rate < 1:
+        number = len(success_by_region(result))
+        lines.append(
+            f"worst region: {worst.describe(result.facts)}; the worst of {number}, chosen by these episodes, so it "
+            "looks worse than it is"
+        )
+    lines += [result.pace(control_hz)] if control_hz else []
+    for line in filter(None, lines):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def refuse_task_of_the_arm(config: EvalConfig, policy_dir: Path) -> None:
+    """Raise ConfigError where --task is given to a policy that acts in a Gymnasium environment."""
+    if config.task and gym_world(policy_dir):
+        raise ConfigError(f"task={config.task} is of the arm; the policy acts in a Gymnasium environment: leave it out")
+
+
+@contextlib.contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """Make a directory first, so that nothing is played where nothing can be written; gone again if nothing was."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # if it is empty
+        raise
+
+
+# --- A comparison -----------------------------------------------------------------------------------------------------
+
+
+def run_compare(config: EvalConfig) -> Comparison:
+    """Play several policies on the same seeds, print who won, write compare.json and compare.csv."""
+    from rich.console import Console
+
+    from reinflow_so101.commands import compare as contest
+
+    check_config(config)
+    out, directories = Path(config.output_dir), [find_policy(path) for path in config.compare]
+    worlds = worlds_of(config, directories)
+    with made(out):
+        task = say_task(config, directories, worlds)
+        print(task)
+        settings = contest.Contest(
+            task.splitlines()[0].removeprefix("task: "), config.seed, config.episodes, config.num_parallel_envs,
+            config.until,
+        )  # fmt: skip
+        if isinstance(worlds[0], EnvConfig):
+            print(contest.what_stops(settings) if config.until else contest.what_can_be_shown(config.episodes))
+        names = contest.unique_names(config.compare)
+        contenders = [
+            contest.Contender(name, partial(make_actor, acting_in(config, world), path), partial(make_world, world))
+            for name, path, world in zip(names, directories, worlds, strict=True)
+        ]
+        comparison = contest.play(contenders, settings)
+        written = contest.write(comparison, out)
+    contest.show(comparison, Console())
+    for path in written:
+        print(f"wrote {path}")
+    return comparison
+
+
+def acting_in(config: EvalConfig, world: World) -> EvalConfig:
+    """The settings of one of the policies, in its own environment."""
+    return replace(config, env=world) if isinstance(world, EnvConfig) else config
+
+
+def worlds_of(config: EvalConfig, directories: Sequence[Path]) -> list[World]:
+    """The environment of each policy: one task, as each of them sees it.
+
+    Raises:
+        ConfigError: they were made for different tasks and no --task says which one is played, or one is of the arm
+            and another is not.
+    """
+    gyms = [gym_world(directory) for directory in directories]
+    for directory in directories:
+        refuse_task_of_the_arm(config, directory)
+    if any(gyms):
+        if len(set(gyms)) > 1:
+            acts = ", ".join(
+                f"{name} in {say_world(gym) if gym else 'the arm'}"
+                for name, gym in zip(config.compare, gyms, strict=True)
+            )
+            raise ConfigError(f"compare: the policies act in different environments ({acts}): name policies of one")
+        if config.until:
+            raise ConfigError("until counts successes, and this environment is judged by its return: leave it out")
+        return [gym for gym in gyms if gym]
+    own = [task_env_of(directory, config.task) for directory in directories]
+    # What the flags say differs from the first policy's environment, which is what they were parsed over.
+    said = {f.name: getattr(config.env, f.name) for f in fields(EnvConfig)}
+    said = {name: value for name, value in said.items() if value != getattr(own[0], name)}
+    envs = [replace(env, **said) for env in own]
+    if len({describe(env) for env in envs}) > 1:
+        tasks = "; ".join(
+            f"{name}: {describe(env) if known_env(directory) else 'says of none'}"
+            for name, env, directory in zip(config.compare, envs, directories, strict=True)
+        )
+        raise ConfigError(
+            f"compare: the policies were made for different tasks ({tasks}): say which one all play by "
+            f"--task {' | '.join(TASKS)}"
+        )
+    return [*envs]
+
+
+def task_env_of(policy_dir: Path, task: str) -> EnvConfig:
+    """The named task as a policy sees it; the policy's own without a name."""
+    return env_of_task(policy_dir, task) if task else stored_env(policy_dir)
+
+
+def say_task(config: EvalConfig, directories: Sequence[Path], worlds: Sequence[World]) -> str:
+    """What all of them play, and at which rates where those differ."""
+    first = worlds[0]
+    if not isinstance(first, EnvConfig):
+        return f"task: {say_world(first)}"
+    lines = [which_task(replace(config, env=first), directories[0])]
+    rates = [world.control_hz or 50.0 for world in worlds if isinstance(world, EnvConfig)]
+    if len(set(rates)) > 1:
+        each = ", ".join(f"{name} {rate:g}" for name, rate in zip(config.compare, rates, strict=True))
+        lines.append(f"control steps a second, as each policy was made: {each}")
+    return "\n".join(lines)
 
 
 def which_task(config: EvalConfig, policy_dir: Path) -> str:
@@ -220,36 +365,46 @@ def which_task(config: EvalConfig, policy_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def record_video(config: EvalConfig, act: Act) -> Path:
-    """Play the first episodes again, rows of episodes by columns of cameras."""
-    from reinflow.evaluate import evaluate
-    from reinflow.video import EpisodeRecorder, write_gif, write_mp4
-    from so101_sim.vector.make import make_vector_env
+def record_video(config: EvalConfig, act: Act, result: EvalResult) -> list[Path]:
+    """Play some of the episodes again for video.mp4 (and video.gif), failures first; the paths."""
+    from reinflow.video import write_gif
+    from reinflow_so101.films import film_episodes, mp4_bytes, stack
 
-    num_envs = min(config.video_episodes, config.episodes)
-    recorder = EpisodeRecorder(num_envs)
-    seen = replace(config.env, render_images=True)  # the policy may need no images, who watches it does
-    with make_vector_env(seen, num_envs) as env:
-        evaluate(act, env, range(config.seed, config.seed + num_envs), recorder, VIDEO_INTERVAL)
-    rate = max(1, round((config.env.control_hz or 50) / VIDEO_INTERVAL))
+    ordered = sorted(result.episodes, key=lambda row: row.success)[: config.video_episodes]
+    shown = sum(not row.success for row in ordered)
+    failed = len(result.episodes) - result.num_successes
+    print(
+        f"video: {shown} of {failed} failures, {len(ordered) - shown} successes; seeds "
+        f"{', '.join(str(row.seed) for row in ordered)}"
+    )
+    film = stack(film_episodes(act, config.env, [row.seed for row in ordered]))
+    paths = [Path(config.output_dir) / "video.mp4"]
+    paths[0].write_bytes(mp4_bytes(film))
     if config.gif:
-        write_gif(Path(config.output_dir) / "video.gif", recorder.frames[::2], fps=max(1, rate // 2))
-    return write_mp4(Path(config.output_dir) / "video.mp4", recorder.frames, fps=rate)
+        rate = max(1, film.fps // 2)
+        paths.append(write_gif(Path(config.output_dir) / "video.gif", film.frames[::2], fps=rate))
+    return paths
 
 
 def parse_args(argv: Sequence[str]) -> EvalConfig:
-    """Flags; the environment's defaults come from the policy that --policy-path names."""
-    path = flag_value(argv, "--policy-path", "--policy_path")
+    """Flags; the environment's defaults come from the policy that --policy-path names, or --compare first."""
+    path = flag_value(argv, "--policy-path", "--policy_path") or flag_value(argv, "--compare")
     task, env = flag_value(argv, "--task"), EnvConfig()
     if path and not gym_world(find_policy(path)):
-        env = env_of_task(find_policy(path), task) if task else stored_env(find_policy(path))
-    default = EvalConfig(policy_path=tyro.MISSING, output_dir=tyro.MISSING, env=env)
+        env = task_env_of(find_policy(path), task)
+    episodes = MOST_UNTIL if flag_value(argv, "--until") else EvalConfig.episodes
+    default = EvalConfig(policy_path="", output_dir=tyro.MISSING, episodes=episodes, env=env)
     return tyro.cli(EvalConfig, args=list(argv), default=default, description=__doc__, prog="reinflow-eval")
+
+
+def run(config: EvalConfig) -> None:
+    """Evaluate or compare."""
+    run_compare(config) if config.compare else run_eval(config)
 
 
 def main() -> None:
     """Console entry point."""
-    run_command("reinflow-eval", lambda: run_eval(parse_args(sys.argv[1:])))
+    run_command("reinflow-eval", lambda: run(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":
