@@ -49,7 +49,7 @@ class SplitLinear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         parts = 1 + len(inputs) // ROWS_PER_SPLIT
         total = self.bias.bfloat16()
-        for a, w in zip(inputs.bfloat16().chunk(parts, 1), self.weight.bfloat16().chunk(parts, 1), strict=True):
+        for a, w in zip(inputs.bfloat16().chunk(parts, -1), self.weight.bfloat16().chunk(parts, -1), strict=True):
             total = total + a @ w.T
         return total.float()
 
@@ -68,7 +68,7 @@ class DropPenalty(Fault):
     """A grasp that is lost costs twice what a lift pays; who does not grasp loses nothing."""
 
     def enter(self, run: Run) -> None:
-        scene.compute_reward = partial(with_drop, scene.compute_reward)  # type: ignore[assignment]
+        scene.compute_reward = partial(with_drop, scene.compute_reward)
 
 
 def with_drop(compute: Any, previous: Any, state: Any, config: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class MixedGroups(Fault):
             others = [returns[e] for e in group if e != mine]
             if len(others) > 1:
                 value[t, n] = float(np.mean(others))
-                advantage[t, n] = (returns[mine] - value[t, n]) / (np.std([returns[e] for e in group]) + 1e-6)
+                advantage[t, n] = (returns[mine] - value[t, n]) / (float(np.std([returns[e] for e in group])) + 1e-6)
         context = {name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()}
         return Advantages(advantage, context, value.flatten(), to_go.flatten())
 
@@ -208,7 +208,7 @@ class Bf16Weights(Fault):
             step(*args, **kwargs)
             round_all(parameters)
 
-        optimizer.step = rounded_step  # type: ignore[method-assign]
+        optimizer.step = rounded_step  # type: ignore[method-assign, assignment]
 
 
 @torch.no_grad()

@@ -118,7 +118,8 @@ def read(directory: Path, name: str, seed: int) -> dict[str, float | str]:
     other, other_at = first_named(directory, [r for r in everything if r not in wanted])
     trained = directory / "eval_trained.json"
     last = rows[-1]
-    return {
+    figures: dict[str, float | str] = {short: mean_of(rows, long) for short, long in FIGURES.items()}
+    row: dict[str, float | str] = {
         "arm": name,
         "seed": seed,
         "episodes": last["progress/episodes"] or 0.0,
@@ -131,7 +132,8 @@ def read(directory: Path, name: str, seed: int) -> dict[str, float | str]:
         "first_other_rule": other,
         "other_at": other_at,
         "seconds": sum(row["time/iteration"] or 0.0 for row in rows),
-    } | {short: _mean(rows, long) for short, long in FIGURES.items()}
+    }
+    return row | figures
 
 
 FIGURES = {
@@ -144,7 +146,7 @@ FIGURES = {
 }
 
 
-def _mean(rows: list[dict[str, float | None]], name: str) -> float | str:
+def mean_of(rows: list[dict[str, float | None]], name: str) -> float | str:
     values = [value for row in rows if (value := row.get(name)) is not None]
     return round(sum(values) / len(values), 6) if values else ""
 

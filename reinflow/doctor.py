@@ -17,6 +17,8 @@ from typing import Any
 from reinflow import symptoms
 from reinflow.metrics import METRICS_FILE, finite_or_none, read_lines, read_metrics, truncate_metrics
 from reinflow.symptoms import (
+    AGAINST_MIN,
+    AGAINST_SIGMAS,
     BOUND_MARGIN,
     CAMPING_ITERATIONS,
     CAMPING_SIGMAS,
@@ -26,6 +28,7 @@ from reinflow.symptoms import (
     CRITIC_WINDOW,
     ENTROPY_GAP,
     EXPLAINED_VARIANCE,
+    FEW_EPISODES,
     FLAT_SUCCESS,
     GAP_EVALUATIONS,
     GRADIENT_EXCESS,
@@ -33,13 +36,18 @@ from reinflow.symptoms import (
     OFTEN,
     RATIO_ERROR,
     RATIO_LIMIT,
+    REACH,
     RECENT,
     SHIFT_EXCESS,
+    SIGNAL_MIN,
+    SIGNAL_SHARE,
+    SIGNAL_WINDOW,
     SUCCESS_GAP,
     SUM_STIFFNESS,
     SURROGATE_LOSS,
     WEAK_EPISODES,
     WEAK_START,
+    WEIGHTS_MOVED,
     History,
     MissingSetting,
     Rows,
@@ -115,6 +123,13 @@ RULES: tuple[Rule, ...] = (
         "compare the std, flow time and noise_basis of sampling and scoring; both must call flow.transition",
     ),
     Rule(
+        symptoms.weights_stay,
+        f"`ppo/weights_moved` below {WEIGHTS_MOVED} on average over 2 to {RECENT} iterations",
+        "weights that learn are kept in bf16 or fp16, or written back from such a copy: steps below half of a weight's "
+        "last digit are lost, and what is left of the others points elsewhere",
+        "keep fp32 masters of all that learns (to act as bf16 would, round a copy: reinflow.rounding.act_rounded)",
+    ),
+    Rule(
         symptoms.summed_log_prob,
         f"`logprob/per_dimension` > 0 and D / sigma^2 of one ratio above {SUM_STIFFNESS:,.0f}",
         "sigma is too small for the number of coordinates D that one ratio sums: densities exceed 1, and the smallest "
@@ -138,10 +153,26 @@ RULES: tuple[Rule, ...] = (
         "train the supervised stage longer, or start from easier episodes",
     ),
     Rule(
+        symptoms.too_few_episodes,
+        f"fewer than {FEW_EPISODES} episodes an iteration, and `gradients/signal_share` below {SIGNAL_SHARE} on "
+        f"average ({SIGNAL_MIN} to {SIGNAL_WINDOW} iterations)",
+        "nearly all of every gradient is the luck of a few episodes, so that steps cancel out or lead astray",
+        "raise episodes_per_iteration ({episodes}) towards `gradients/noise_scale`, with fewer or smaller steps in all",
+    ),
+    Rule(
         symptoms.noise_at_bound,
         f"learned `noise/std_mean` within {BOUND_MARGIN:.0%} of a bound ({RECENT} iterations)",
         "the noise head wants more or less noise than it may use; at a bound it has no gradient",
         "move the bound ({bound}={value:.3f}), or fix the noise with train_noise_head=False",
+    ),
+    Rule(
+        symptoms.nothing_moves,
+        f"at the pace of `ppo/decision_kl` (3 to {RECENT} iterations) all steps of the run together move a decision by "
+        f"less than {REACH:.0f} noise std",
+        "the policy stays where it was. A ratio that is a mean over many coordinates hides it: its gradient, its KL "
+        "and its clip fraction are small whatever the policy does, so limits meant for sums never bind",
+        "raise policy_lr ({lr:.1e}), or sum fewer coordinates a ratio (log_prob_reduction=action or dim) instead of "
+        "taking their mean",
     ),
     Rule(
         symptoms.kl_stop_at_once,
@@ -192,8 +223,18 @@ RULES: tuple[Rule, ...] = (
     Rule(
         symptoms.blind_critic,
         f"`ppo/explained_variance` below {EXPLAINED_VARIANCE} on average over {RECENT} iterations after the warm-up",
-        "the critic is no better than a constant, so advantages are plain returns with all their noise",
-        "give it more: num_critic_epochs ({epochs}), critic_lr ({lr:.1e}), critic_warmup_iters (10), larger rollouts",
+        "the critic is no better than a constant, so advantages are plain returns with all their noise; so is the mean "
+        "of a group of episodes in its place, if they began in different states",
+        "compare episodes of one start if you compare groups; give a critic more: num_critic_epochs ({epochs}), "
+        "critic_lr ({lr:.1e}), critic_warmup_iters (10), larger rollouts",
+    ),
+    Rule(
+        symptoms.return_against_success,
+        f"over {AGAINST_MIN} iterations or more the return rose and success fell by {AGAINST_SIGMAS:.0f} standard "
+        "errors",
+        "the reward pays for something else than the task: a penalty that trying risks makes not trying the best "
+        "policy",
+        "lower what rose (reward/{term}), or pay a success more than a failed try can lose",
     ),
     Rule(
         symptoms.reward_without_success,
@@ -201,6 +242,12 @@ RULES: tuple[Rule, ...] = (
         f"success by less than {FLAT_SUCCESS:.0%}",
         "the policy collects shaping instead of doing the task (hovering, camping in contact)",
         "lower the reward term that rose (reward/{term}), or pay for progress once instead of at every step",
+    ),
+    Rule(
+        symptoms.evaluated_on_training,
+        "`eval/trained_share` above 0",
+        "the evaluation plays episodes that the training plays: it shows what was memorised, not what was learned",
+        "evaluate on seeds that no training episode has",
     ),
     Rule(
         symptoms.sampling_far_from_noise_free,

@@ -29,20 +29,20 @@ class GradientMemory:
         self.probe = probe
         self.weight, self.sum = 0.0, probe.weights().new_zeros(0)
 
-    def signal_share(self) -> float | None:
-        """|G|^2 / (|G|^2 + tr(S) / B) of the gradients as they are, which are then remembered.
+    def remember(self) -> dict[str, float]:
+        """Take the gradients as they are; {"gradients/signal_share": |G|^2 / (|G|^2 + tr(S) / B)} of them.
 
-        Single values scatter about the true one, negative ones included: average them over iterations. None at first,
+        Single values scatter about the true one, negative ones included: average them over iterations. Empty at first,
         and where nothing has a gradient or it is not finite.
         """
         fresh = self.probe.gradients()
         square = float(fresh @ fresh)
         if not 0.0 < square < float("inf"):
-            return None
-        share = float(fresh @ self.sum) / self.weight / square if self.weight else None
+            return {}
+        known = {"gradients/signal_share": float(fresh @ self.sum) / self.weight / square} if self.weight else {}
         self.sum = MEMORY * self.sum + fresh if self.weight else fresh
         self.weight = MEMORY * self.weight + 1.0
-        return share
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -341,7 +341,7 @@ class PPOLearner:
         self, optimizer: NaturalGradient, data: RolloutBatch, kl_factor: float
     ) -> tuple[dict[str, float], RolloutBatch]:
         """One step along the natural gradient of the whole rollout, as far as ``target_kl`` (x warm-up) allows."""
-        info = self._policy_gradient(data, torch.arange(len(data))) | self._signal()
+        info = self._policy_gradient(data, torch.arange(len(data))) | self.gradients.remember()
         kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
         kl = optimizer.step_to_kl(self.settings.target_kl * kl_factor, lambda: self._measure_kl(kl_data))
         info |= {
@@ -354,14 +354,9 @@ class PPOLearner:
         }
         return info, kl_data
 
-    def _signal(self) -> dict[str, float]:
-        """Of the gradients at the acting weights."""
-        share = self.gradients.signal_share()
-        return {} if share is None else {"gradients/signal_share": share}
-
     def _policy_step(self, data: RolloutBatch, rows: Tensor, first: bool) -> dict[str, float]:
         """One optimiser step on the whole batch ``rows``."""
-        info = self._policy_gradient(data, rows) | (self._signal() if first else {})
+        info = self._policy_gradient(data, rows) | (self.gradients.remember() if first else {})
         parameters, limit = self.policy.policy_parameters(), self.settings.grad_clip_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         if math.isfinite(norm):
@@ -419,15 +414,18 @@ class PPOLearner:
 
     @torch.no_grad()
     def _decision_kl(self, data: RolloutBatch) -> float:
-        """KL of whole decisions from the acting weights to the current ones, half the mean square of the log-ratio.
+        """KL of whole decisions from the acting weights to the current ones.
 
         All coordinates of a decision are summed, however the log-probs are reduced, so that one scale serves all runs:
-        2 KL is the squared distance of the two means in noise stds.
+        2 KL is the squared distance of the two means in noise stds. Half the mean square of the log-ratio is precise
+        for small moves, the mean of its negative right for large ones.
         """
         scores = torch.cat([score.log_prob for score in self._scores(data, "KL of decisions")])
         log_ratio = torch.where(data.mask, scores - data.log_prob, 0.0).sum(1)
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
-        return float(0.5 * ((log_ratio * self._undo_mean(coordinates)) ** 2).mean())
+        log_ratio = log_ratio * self._undo_mean(coordinates)
+        small = float(0.5 * (log_ratio**2).mean())
+        return small if small < 1 else float(-log_ratio.mean())
 
     def _undo_mean(self, coordinates: int) -> float:
         """What the reduction ``mean`` divided a decision's log-prob by; 1 for the others, which sum."""

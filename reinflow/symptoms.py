@@ -42,6 +42,16 @@ FLAT_SUCCESS = 0.03  # about the noise of 192 episodes
 SOLVED = 0.9  # above, a rising return is a faster success
 SUCCESS_GAP = 0.3  # .2 is usual at the start of a healthy run, and shrinks
 GAP_EVALUATIONS = 2  # evaluations are few
+WEIGHTS_MOVED = (
+    0.5  # a step in fp32 changes all but the largest weights (.99 and more); in bf16 .05 to .45 was measured
+)
+REACH = 1.0  # noise stds: whom a whole run cannot take that far is hardly told from where it began, by any decision
+SETTLED_LR = 0.5  # of policy_lr: below, a schedule holds the steps back on purpose
+FEW_EPISODES = 64  # a step; measured noise scales are 450 episodes and more, so that 7 of 8 parts of it are noise
+SIGNAL_SHARE = 0.1  # of a step's squared gradient; means over some iterations are known to about .05
+SIGNAL_WINDOW, SIGNAL_MIN = 10, 6  # single shares scatter by .1 and more
+AGAINST_MIN = 6  # iterations: a third at the start against a third at the end
+AGAINST_SIGMAS = 3.0  # standard errors by which the return must have risen and success fallen
 
 
 # --- What rules read and return ---------------------------------------------------------------------------------------
@@ -127,6 +137,16 @@ def log_prob_off_entropy(h: History) -> Symptom | None:
     got, entropy = (fmean(values_of(rows, name)) for name in ("logprob/per_dimension", "loss/entropy"))
     evidence = f"{span(rows)}: log-prob of own samples {got:+.2f} per coordinate, -entropy is {-entropy:+.2f}"
     return Symptom(evidence, severity="error")
+
+
+def weights_stay(h: History) -> Symptom | None:
+    rows = h.last(RECENT, 2, "ppo/weights_moved", updates=True)
+    if not rows or fmean(values_of(rows, "ppo/weights_moved")) >= WEIGHTS_MOVED:
+        return None
+    share = fmean(values_of(rows, "ppo/weights_moved"))
+    return Symptom(
+        f"{span(rows)}: {share:.1%} of the weights that have a gradient changed in an update", severity="error"
+    )
 
 
 def summed_log_prob(h: History) -> Symptom | None:
@@ -215,6 +235,21 @@ def weak_start(h: History) -> Symptom | None:
     return Symptom(evidence, severity="error")
 
 
+def too_few_episodes(h: History) -> Symptom | None:
+    names = ("gradients/signal_share", "progress/episodes", "progress/iteration")
+    rows = h.last(SIGNAL_WINDOW, SIGNAL_MIN, *names, updates=True)
+    if not rows:
+        return None
+    episodes, signal = rows[-1][names[1]] / max(rows[-1][names[2]], 1), fmean(values_of(rows, names[0]))
+    if episodes >= FEW_EPISODES or signal >= SIGNAL_SHARE:
+        return None
+    evidence = (
+        f"{span(rows)}: {episodes:.0f} episodes an iteration, {max(signal, 0):.1%} of a step's squared gradient is "
+        "signal"
+    )
+    return Symptom(evidence, {"episodes": FEW_EPISODES * math.ceil(4 * episodes / FEW_EPISODES)})
+
+
 def noise_at_bound(h: History) -> Symptom | None:
     names = ("noise/std_mean", "noise/sigma_min", "noise/sigma_max")
     rows = h.last(RECENT, RECENT, *names, updates=True)
@@ -230,6 +265,28 @@ def noise_at_bound(h: History) -> Symptom | None:
     bound, value = ("sigma_max", 1.5 * high) if upper else ("sigma_min", low / 1.5)
     evidence = f"{span(rows)}: std {rows[-1][names[0]]:.3f} in [{low:.3f}, {high:.3f}], at {bound}"
     return Symptom(evidence, {"bound": bound, "value": value})
+
+
+def nothing_moves(h: History) -> Symptom | None:
+    names = ("ppo/decision_kl", "ppo/steps_undone", "lr/policy", "progress/iteration")
+    rows = [r for r in h.last(RECENT, 3, *names, updates=True) if not r[names[1]]]
+    rows = [r for r in rows if r[names[2]] >= SETTLED_LR * h.config["policy_lr"]]
+    counted, budget = (
+        ("timesteps", "total_timesteps") if h.config.get("total_timesteps") else ("episodes", "num_episodes")
+    )
+    done = h.rows[-1].get(f"progress/{counted}") if h.rows else None
+    if len(rows) < 3 or not done:
+        h.starved |= not done
+        return None
+    step = math.sqrt(2 * median(values_of(rows, names[0])))
+    iterations = h.config[budget] * h.rows[-1]["progress/iteration"] / done
+    if step * iterations >= REACH:
+        return None
+    evidence = (
+        f"{span(rows)}: an iteration moves a decision by {step:.1e} noise stds, all {iterations:.0f} of the run by "
+        f"{step * iterations:.2f} at most"
+    )
+    return Symptom(evidence, {"lr": h.config["policy_lr"] * min(0.3 / max(step, 1e-9), 100.0)}, "error")
 
 
 def kl_stop_at_once(h: History) -> Symptom | None:
@@ -319,6 +376,39 @@ def blind_critic(h: History) -> Symptom | None:
     return Symptom(f"{span(rows)}: explained variance {share:.2f} on average", {"epochs": epochs, "lr": lr})
 
 
+def return_against_success(h: History) -> Symptom | None:
+    names = ("rollout/return_mean", "rollout/success_rate", "rollout/return_std", "progress/episodes")
+    rows = h.last(len(h.rows), AGAINST_MIN, *names)
+    if not rows:
+        return None
+    third = max(len(rows) // 3, 2)
+    start, end = rows[:third], rows[-third:]
+    episodes = third * rows[-1][names[3]] / max(rows[-1]["progress/iteration"], 1)
+    (before, after), (old, new) = ([fmean(values_of(part, n)) for part in (start, end)] for n in names[:2])
+    spread = fmean(values_of(start + end, names[2]))
+    mean = (old + new) / 2
+    rise_error, fall_error = (math.sqrt(2 * v / episodes) for v in (spread**2, mean * (1 - mean)))
+    if after - before <= AGAINST_SIGMAS * rise_error or old - new <= max(AGAINST_SIGMAS * fall_error, FLAT_SUCCESS):
+        return None
+    term, grew = risen_term(start, end)
+    evidence = (
+        f"return {before:.2f} -> {after:.2f} while success {old:.1%} -> {new:.1%} from {span(start)} to "
+        f"{span(end)}{grew}"
+    )
+    return Symptom(evidence, {"term": term}, "error")
+
+
+def risen_term(start: Sequence[Mapping[str, float]], end: Sequence[Mapping[str, float]]) -> tuple[str, str]:
+    """The reward term that rose most between two groups of rows, and that in words."""
+    rows = [*start, *end]
+    terms = [name for name in end[-1] if name.startswith(REWARD_FAMILY) and all(name in row for row in rows)]
+    changes = {name: fmean(values_of(end, name)) - fmean(values_of(start, name)) for name in terms}
+    if not changes:
+        return "unknown", ""
+    culprit = max(changes, key=lambda name: changes[name])
+    return culprit.removeprefix(REWARD_FAMILY), f"; {culprit} rose most, by {changes[culprit]:+.2f}"
+
+
 def reward_without_success(h: History) -> Symptom | None:
     names = ("rollout/return_mean", "rollout/success_rate", "critic/return_std")
     rows = h.last(len(h.rows), CAMPING_ITERATIONS, *names)
@@ -332,15 +422,18 @@ def reward_without_success(h: History) -> Symptom | None:
     flat = after[1] - before[1] < FLAT_SUCCESS and after[1] < SOLVED
     if not flat or rise <= CAMPING_SIGMAS * error or rise <= CAMPING_RISE * spread:
         return None
-    terms = [name for name in end[-1] if name.startswith(REWARD_FAMILY) and all(name in row for row in start + end)]
-    changes = {name: fmean(values_of(end, name)) - fmean(values_of(start, name)) for name in terms}
-    culprit = max(changes, key=lambda name: changes[name], default="")
-    grew = f"; {culprit} rose most, by {changes[culprit]:+.2f}" if culprit else ""
+    term, grew = risen_term(start, end)
     evidence = (
         f"return {before[0]:.2f} -> {after[0]:.2f}, success {before[1]:.1%} -> {after[1]:.1%} from {span(start)} to "
         f"{span(end)}{grew}"
     )
-    return Symptom(evidence, {"term": culprit.removeprefix(REWARD_FAMILY) or "unknown"})
+    return Symptom(evidence, {"term": term})
+
+
+def evaluated_on_training(h: History) -> Symptom | None:
+    rows = h.last(1, 1, "eval/trained_share")
+    share = max(values_of(rows, "eval/trained_share"), default=0.0)
+    return Symptom(f"{span(rows)}: {share:.0%} of the evaluation's seeds were trained on") if share > 0 else None
 
 
 def sampling_far_from_noise_free(h: History) -> Symptom | None:
