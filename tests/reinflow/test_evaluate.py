@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import av
@@ -18,12 +20,15 @@ from reinflow import video
 from reinflow.env import Extra
 from reinflow.evaluate import (
     EpisodeRow,
+    EvalInfoError,
     EvalResult,
     EvaluationError,
     evaluate,
     even_batch,
+    read_eval_info,
     wilson_interval,
     write_eval_info,
+    write_rows,
 )
 from reinflow.metrics import check_names, known_metrics
 
@@ -194,6 +199,110 @@ def test_eval_info_has_the_keys_of_lerobot(tmp_path):
     assert info["per_task"][0]["metrics"]["successes"] == [True, False, False, False]
     first = info["per_episode"][0]
     assert {"episode_ix", "sum_reward", "max_reward", "success", "seed", "length", "max_height_m"} == set(first)
+
+
+OUTCOMES = {"done": "It was done.", "near_miss": "It was nearly done.", "nothing": "Nothing happened."}
+WHERE = {"east": Extra("Where it began.", "east {:.1f} m", "m"), "late": Extra("Only of some.", "late {:.1f}")}
+
+
+def result_of_many(n=30):
+    """Every third succeeds, in 40 to 69 control steps; two failures of three are near misses."""
+    rows = []
+    for i in range(n):
+        outcome = "done" if i % 3 == 0 else "near_miss" if i % 9 else "nothing"
+        outcome = "nothing" if i % 9 == 1 else outcome
+        facts = {"east": 0.1 * i} | ({"late": 1.0} if i % 2 else {})
+        rows.append(EpisodeRow(100 + i, i % 3 == 0, 0.5 * i, 40 + i, 1.5, {"max_height": 0.01 * i}, outcome, facts))
+    return EvalResult(
+        tuple(rows), 3.0, HEIGHT, ["v.mp4"], (101, 102), outcomes=OUTCOMES, facts=WHERE, start_facts=("east",)
+    )
+
+
+@pytest.mark.parametrize("objective", ["success", "return"])
+def test_an_evaluation_is_read_back_as_it_was(tmp_path, objective):
+    result = replace(result_of_many(), objective=objective)
+    assert read_eval_info(write_eval_info(tmp_path / "e.json", result.to_lerobot_info("x"))) == result
+    plain = read_eval_info(write_eval_info(tmp_path / "p.json", result_of_four().to_lerobot_info("x")))
+    assert plain.extra_mean("max_height_m") == 0.02  # nobody explained it, so the unit is part of its name
+    assert [replace(row, extras={}) for row in plain.episodes] == [
+        replace(r, extras={}) for r in result_of_four().episodes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text, info: text[:-40], "holds no evaluation"),
+        (lambda text, info: "[]", "holds no evaluation"),
+        (lambda text, info: json.dumps(info | {"per_episode": []}), "per_episode is empty"),
+        (lambda text, info: json.dumps({k: v for k, v in info.items() if k != "overall"}), "overall is missing"),
+        (lambda text, info: text.replace('"seed": 105', '"sead": 105'), "seed is missing"),
+        (lambda text, info: text.replace('"success": true', '"success": 1', 1), "success 1"),
+        (lambda text, info: text.replace('"max_height_m": 0.05', '"height": 0.05'), "max_height_m is missing"),
+        (lambda text, info: json.dumps(info | {"objective": "speed"}), "objective is 'speed'"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(tmp_path, damage, said):
+    path = write_eval_info(tmp_path / "eval_info.json", result_of_many().to_lerobot_info("x"))
+    text = path.read_text()
+    path.write_text(damage(text, json.loads(text)))
+    assert path.read_text() != text
+    with pytest.raises(EvalInfoError, match=said) as caught:
+        read_eval_info(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(EvalInfoError, match="No such file"):
+        read_eval_info(tmp_path / "gone.json")
+
+
+def test_many_episodes_are_told_by_how_they_failed():
+    result, console = result_of_many(), Console(file=io.StringIO(), width=100)
+    assert result.failures() == {"near_miss": 16, "nothing": 4}
+    result.print(console)
+    shown = console.file.getvalue()
+    assert (
+        "20 of 30 failed" in shown
+        and "It was nearly done." in shown
+        and "53.3 %" in shown
+        and "It was done" not in shown
+    )
+    assert "103" not in shown  # no seed's row
+    assert result_of_four().failures() == {}
+
+
+def test_pace_by_hand():
+    """Successes take 40, 43, ..., 67 control steps; all 30 episodes 1,635."""
+    said = result_of_many().pace(control_hz=10)
+    assert said.startswith("time to success: 5.35 s on average, 9 of 10 within 6.40 s; 3.7 successes a minute")
+    assert replace(result_of_many(), objective="return").pace(10) == ""
+
+
+def test_rows_as_csv(tmp_path):
+    path = write_rows(tmp_path / "episodes.csv", result_of_many())
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30 and [int(row["seed"]) for row in rows] == list(range(100, 130))
+    assert rows[4]["outcome"] == "near_miss" and float(rows[4]["east"]) == pytest.approx(0.4) and rows[4]["late"] == ""
+    assert float(rows[5]["late"]) == 1.0 and float(rows[5]["max_height_m"]) == 0.05
+
+
+def test_a_bar_counts_the_episodes_without_the_padding(monkeypatch):
+    """Below another bar that is shown already, as a training's is."""
+    from rich.progress import Progress
+
+    from reinflow import progress
+
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    monkeypatch.setattr(progress, "SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr(progress.rich, "get_console", lambda: console)
+    done = []
+    advance = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda bar, *a, **k: (done.append(k["advance"]), advance(bar, *a, **k)))
+    with Progress(console=console) as training:
+        training.add_task("training", total=3)
+        evaluate(act, FakeVectorEnv(3), [6, 3, 9, 4], label="these, episodes")
+    assert sum(done) == 4
+    shown = console.file.getvalue()
+    assert "training" in shown and "these, episodes" in shown
 
 
 def test_metrics_are_explained_and_the_report_prints():
