@@ -140,6 +140,7 @@ def test_episodes_are_accounted_for(blind_run: list[ChunkResult]) -> None:
         assert stats.return_ == pytest.approx(sum(stats.reward_terms.values()))
         assert (stats.length == BLIND.max_steps_per_episode) == (not stats.success)
         assert (stats.extras["max_height"] > BLIND.lift_threshold) == stats.success
+        assert (stats.outcome == "success") == stats.success and stats.facts["jerk"] > 0.0
 
 
 def test_final_observations_are_the_last_instant_and_not_the_next_episode(blind_run: list[ChunkResult]) -> None:
@@ -244,6 +245,7 @@ def test_an_unstable_simulation_costs_its_episode_alone_in_every_form(
             chunks = [env.step_chunk(actions, [3, 4]), env.step_chunk(actions)]
         (lost,) = chunks[0].episodes
         assert (lost.env, lost.seed, lost.broken, lost.success, lost.length) == (0, 1, True, False, 1)
+        assert lost.outcome == "unstable" and lost.facts["closest"] > 0.0
         assert chunks[0].truncated.tolist() == [True, False] and not chunks[0].terminated.any()
         assert not chunks[0].rewards[0].any() and chunks[0].active[1].all()
         assert all(np.isfinite(chunk.observation["agent_pos"]).all() for chunk in chunks)
