@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str]) -> ReportConfig:
 
 def make_report(config: ReportConfig) -> Path:
     """Write it and say where it is."""
-    from reinflow_so101.report import write_report
+    from reinflow_so101.report.page import write_report
 
     path = write_report(
         [Path(run) for run in config.run_dirs], Path(config.output) if config.output else None, config.films
