@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from reinflow_so101.checks import FlatConfig
+from reinflow_so101.report.after import EPISODES_PER_FILM
 
 if TYPE_CHECKING:
     from reinflow.evaluate import EvalResult
     from reinflow.run import Run
 
-FILMED = 3  # episodes of a film, one below the other
+FILMED = 3  # episodes of a film at most, one below the other; one in EPISODES_PER_FILM of what was evaluated
 FILMS, REPORT_FILE = "films", "report.html"  # in the run directory
 
 Table = tuple[list[str], list[list[object]]]
@@ -33,9 +34,12 @@ def show_report(run: Run, config: FlatConfig, when: Literal["before", "after"], 
     for name, (columns, rows) in (("regions", regions(result)), ("outcomes", outcomes(result))):
         if rows:
             tracker.table(f"report/{name}_{when}", columns, rows)
-    films = {when: seeds_to_film(run.run_dir) or [row.seed for row in result.episodes[:FILMED]]}
+    most = min(FILMED, len(result.episodes) // EPISODES_PER_FILM)
+    films: dict[str, list[int]] = {
+        when: seeds_to_film(run.run_dir, most) or [row.seed for row in result.episodes[:most]]
+    }
     if when == "after":
-        films["failures"] = [row.seed for row in result.episodes if not row.success][:FILMED]
+        films["failures"] = [row.seed for row in result.episodes if not row.success][:most]
     for name, seeds in films.items():
         if seeds:
             show_film(run, config, name, seeds)
@@ -47,7 +51,7 @@ def regions(result: EvalResult) -> Table:
 
     names = [f"{result.facts[fact].key(fact) if fact in result.facts else fact}" for fact in result.start_facts]
     columns = [f"{name} {end}" for name in names for end in ("from", "to")]
-    rows = []
+    rows: list[list[object]] = []
     for region in success_by_region(result):
         bounds = [end for fact in result.start_facts for end in region.bounds.get(fact, (None, None))]
         rows.append([*bounds, region.rate, *region.interval, region.episodes])
@@ -65,7 +69,7 @@ def outcomes(result: EvalResult) -> Table:
     return ["outcome", "episodes", "share", "what it is"], rows
 
 
-def seeds_to_film(run_dir: Path) -> list[int]:
+def seeds_to_film(run_dir: Path, most: int) -> list[int]:
     """The seeds that are shown before and after, failures of the starting policy first; [] without its evaluation."""
     from reinflow.evaluate import EvalInfoError, read_eval_info
 
@@ -73,8 +77,8 @@ def seeds_to_film(run_dir: Path) -> list[int]:
         before = read_eval_info(run_dir / "eval_before.json")
     except EvalInfoError:
         return []
-    failed = [row.seed for row in before.episodes if not row.success][: FILMED - 1]
-    return [*failed, *(row.seed for row in before.episodes if row.success)][:FILMED]
+    failed = [row.seed for row in before.episodes if not row.success][: max(1, most - 1)]
+    return [*failed, *(row.seed for row in before.episodes if row.success)][:most]
 
 
 def show_film(run: Run, config: FlatConfig, name: str, seeds: Sequence[int]) -> None:
