@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +22,32 @@ from reinflow_vla.directory import weights_file
 from so101_sim.config import EnvConfig
 
 if TYPE_CHECKING:
+    from reinflow.evaluate import Act
     from so101_sim.film import Film
 
-    from reinflow.evaluate import Act
+
+@dataclass(frozen=True)
+class Take:
+    """A film as the page embeds it."""
+
+    when: str  # before, after
+    outcome: str
+    mp4: str  # base64
 
 
 @dataclass(frozen=True)
 class ShownFilm:
-    """One film of the page."""
+    """One seed's films in the page."""
 
     seed: int
     kind: str  # what became of the seed
-    before: str  # how it ended
-    after: str
-    mp4: str  # base64
+    takes: Sequence[Take]  # before and after, or after alone
     run: str  # its name
 
     @property
     def size(self) -> int:
         """Characters in the page."""
-        return len(self.mp4)
+        return sum(len(take.mp4) for take in self.takes)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,8 @@ def actor(run: RunFiles, directory: Path, env: EnvConfig, own_door: bool, device
         device, int(config["num_denoising_steps"]), int(config["n_action_steps"]),
         str(config.get("pi0_tokenizer_path", "")), door, env.cameras, env.joint_frame,
     )  # fmt: skip
-    policy = FAMILIES[str(config["model_type"])].load(directory, acting)
+    with redirect_stdout(StringIO()):  # how the policy fits was said when the training started
+        policy = FAMILIES[str(config["model_type"])].load(directory, acting)
     return noise_free_actor(policy, ChainSpec(policy.num_denoising_steps))
 
 
@@ -124,7 +133,7 @@ def make_films(run: RunFiles, most: int) -> Films:
 
 
 def _play(run: RunFiles, most: int) -> Films:
-    from reinflow_so101.films import film_episodes, mp4_bytes, side_by_side
+    from reinflow_so101.films import film_episodes
 
     chosen = seeds_to_film(run, most)
     seeds, env = list(chosen), played_env(run.config)
@@ -138,16 +147,23 @@ def _play(run: RunFiles, most: int) -> Films:
     afters = film_episodes(actor(run, run.final_policy, env, False, device), env, seeds, "after")
     shown = []
     for index, (seed, after) in enumerate(zip(seeds, afters, strict=True)):
-        before = befores[index] if befores else None
-        film = side_by_side(before, after) if before else after
-        ends = [f.outcome or ("success" if f.success else "failure") if f else "" for f in (before, after)]
-        encoded = base64.b64encode(mp4_bytes(film)).decode()
-        shown.append(ShownFilm(seed, chosen[seed] or _kind(before, after), ends[0], ends[1], encoded, run.name))
+        takes = [("before", befores[index])] if befores else []
+        takes.append(("after", after))
+        encoded = [_take(when, film) for when, film in takes]
+        shown.append(ShownFilm(seed, chosen[seed] or _kind(takes[0][1], after), encoded, run.name))
     return Films(shown, remark)
 
 
-def _kind(before: Film | None, after: Film) -> str:
-    if before is None:
+def _take(when: str, film: Film) -> Take:
+    from reinflow_so101.films import mp4_bytes
+
+    ended = film.outcome or ("success" if film.success else "failure")
+    return Take(when, ended.replace("_", " "), base64.b64encode(mp4_bytes(film)).decode())
+
+
+def _kind(before: Film, after: Film) -> str:
+    """What became of a seed that no evaluation played; the same film twice where there is none before."""
+    if before is after:
         return "succeeds" if after.success else "fails"
     words = {(False, False): "still failing", (True, False): "lost", (False, True): "won", (True, True): "kept"}
     return words[before.success, after.success]
@@ -160,8 +176,7 @@ def within(films: Sequence[ShownFilm], room: int) -> tuple[list[ShownFilm], str]
         if used + film.size <= room:
             kept.append(film)
             used += film.size
-    left = len(films) - len(kept)
-    if not left:
+    if len(kept) == len(films):
         return kept, ""
     seeds = ", ".join(str(film.seed) for film in films if film not in kept)
-    return kept, f"{left} films did not fit into this file of at most 10 MB and were left out: seeds {seeds}."
+    return kept, f"left out, since this file may have 10 MB at most: the films of seeds {seeds}."

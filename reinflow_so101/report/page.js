@@ -105,6 +105,23 @@
     film.src = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
   }
 
+  // The films of a seed play, stop and jump together; the shorter one waits at its end.
+  for (const takes of document.querySelectorAll(".takes")) {
+    const films = [...takes.querySelectorAll("video")];
+    for (const film of films) {
+      const others = films.filter((other) => other !== film);
+      film.addEventListener("play", () => others.forEach((other) => {
+        if (!other.paused) return;
+        if (!other.ended || film.currentTime < 0.1) other.currentTime = film.currentTime;
+        if (film.currentTime < other.duration) other.play();
+      }));
+      film.addEventListener("pause", () => { if (!film.ended) others.forEach((other) => other.pause()); });
+      film.addEventListener("seeked", () => { if (film.paused) others.forEach((other) => {
+        if (other.paused && Math.abs(other.currentTime - film.currentTime) > 0.05) other.currentTime = Math.min(film.currentTime, other.duration);
+      }); });
+    }
+  }
+
   dark.addEventListener("change", drawAll);
   matchMedia("print").addEventListener("change", (event) => { printing = event.matches; drawAll(); });
   const first = document.querySelector("[data-metric]");

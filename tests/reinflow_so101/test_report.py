@@ -1,0 +1,372 @@
+"""reinflow-report: one HTML file about trainings, read by a browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from reinflow import ConfigError, UserError
+from reinflow.doctor import Doctor
+from reinflow.env import Extra
+from reinflow.evaluate import EpisodeRow, EvalResult, write_eval_info
+from reinflow.metrics import read_metrics
+from reinflow_so101.commands.report import make_report, parse_args
+from reinflow_so101.doctor_rules import RULES
+from reinflow_so101.report.charts import algorithm_charts, phase_totals, reward_charts, time_charts
+from reinflow_so101.report.curves import grouped, learning_curve
+from reinflow_so101.report.episodes import choose, map_charts, outcome_rows, pairs_of
+from reinflow_so101.report.files import MOST_POINTS, read_run, read_runs
+from reinflow_so101.report.films import ShownFilm, Take, within
+from reinflow_so101.report.page import MOST_BYTES, make_page, write_report
+from reinflow_so101.report.tables import beyond_preset, differing
+from tests.browser import LAPTOP, PHONE, open_page
+
+ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "tests/data/doctor"
+SECTIONS = (
+    "result", "learning", "paired", "failures", "films", "rewards", "update", "time", "doctor", "trains", "settings",
+    "metrics",
+)  # fmt: skip
+OUTCOMES = {"lifted": "it is up", "dropped": "it fell", "no_contact": "never touched"}
+FACTS = {"place_x": Extra("", "", "m"), "place_y": Extra("", "", "m"), "turn": Extra("", "", "deg")}
+FAST = (
+    "--preset", "flow_mlp", "--no-wandb", "--num-envs", "2", "--episodes-per-iteration", "2", "--minibatch-size", "2",
+    "--gradient-accumulation-steps", "1", "--num-critic-epochs", "1", "--critic-warmup-iters", "0", "--eval-interval",
+    "1", "--eval-episodes", "4", "--report-episodes", "4", "--save-interval", "2", "--num-threads", "1", "--episodes",
+    "6", "--device", "cpu",
+)  # fmt: skip
+
+
+def evaluation(path: Path, fails: set[int], episodes: int = 40, first: int = 10_000) -> EvalResult:
+    """An evaluation on disk, with outcomes and facts, in which these seeds fail."""
+    rows = [
+        EpisodeRow(
+            seed, seed not in fails, 1.0 + (seed not in fails), 100, 1.0,
+            outcome="no_contact" if seed in fails else "lifted",
+            facts={"place_x": (seed % 7) / 10, "place_y": (seed % 5) / 10, "turn": float(seed % 11)},
+        )
+        for seed in range(first, first + episodes)
+    ]  # fmt: skip
+    result = EvalResult(tuple(rows), 2.0, outcomes=OUTCOMES, facts=FACTS, start_facts=("place_x", "place_y", "turn"))
+    write_eval_info(path, result.to_lerobot_info("task"))
+    return result
+
+
+TIMES = {"time/rollout_env": 2.0, "time/rollout_policy": 1.0, "time/update": 3.0, "time/iteration": 6.5}
+
+
+def recorded(directory: Path, name: str = "cascade", **settings: object) -> Path:
+    """A recorded training of 30 iterations or so, with what the doctor says of it and both evaluations."""
+    shutil.copytree(RECORDED / name, directory)
+    (directory / "checkpoints").mkdir()
+    config = json.loads((directory / "config.json").read_text()) | settings
+    (directory / "config.json").write_text(json.dumps(config))
+    rows = [row | TIMES for row in read_metrics(directory / "metrics.jsonl")]  # recorded without their seconds
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    doctor = Doctor(directory, config, None, RULES)
+    for row in rows:
+        doctor.examine(int(row["progress/iteration"] or 0), {k: math.nan if v is None else v for k, v in row.items()})
+    evaluation(directory / "eval_before.json", set(range(10_000, 10_020)))
+    evaluation(directory / "eval_after.json", {10_001, 10_002, 10_030})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A small training by its own command, which writes its report."""
+    run = tmp_path_factory.mktemp("report") / "run"
+    command = [sys.executable, "train_reinflow.py", *FAST, "--output-dir", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (run / "console.txt").write_text(done.stdout)
+    return run
+
+
+# --- What the files say -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_with_evaluations_and_findings(tmp_path):
+    run = read_run(recorded(tmp_path / "run"), "run")
+    assert run.before and run.before.num_successes == 20 and run.after and run.after.num_successes == 37
+    assert run.findings and run.state in ("stopped", "finished")
+    assert run.x_at(run.rows[2]["progress/iteration"]) == run.rows[2]["progress/episodes"]
+
+
+def test_an_evaluation_made_up_for_later_comes_first(tmp_path):
+    run = recorded(tmp_path / "run")
+    evaluation(run / "eval_after/eval_info.json", set())
+    after = read_run(run, "run").after
+    assert after and after.num_successes == 40
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "metrics.jsonl").write_text('{"progress/iteration": 1}\nnonsense\n'), "line 2"),
+        (lambda run: (run / "doctor.jsonl").write_text("{}\n"), "doctor.jsonl, line 1"),
+        (lambda run: (run / "eval_after.json").write_text("{"), "eval_after.json"),
+        (lambda run: (run / "start.json").write_text("{"), "start.json"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json"),
+        (lambda run: (run / "stage.json").write_text("{}"), "supervised stage"),
+        (lambda run: (run / "config.json").unlink(), "no training"),
+    ],
+)
+def test_what_is_damaged_is_one_error_that_names_it(tmp_path, damage, message):
+    run = recorded(tmp_path / "run")
+    damage(run)
+    with pytest.raises(UserError, match=message) as error:
+        write_report([run], films=0)
+    assert "\n" not in str(error.value) and not (run / "report.html").exists()
+
+
+def test_a_last_line_cut_short_is_left_out(tmp_path):
+    run = recorded(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"progress/iter')
+    assert len(read_run(run, "run").rows) == len((run / "metrics.jsonl").read_text().splitlines()) - 1
+
+
+def test_runs_of_one_name_are_told_apart_and_named_once(tmp_path):
+    a, b = recorded(tmp_path / "a/run"), recorded(tmp_path / "b/run")
+    assert [run.name for run in read_runs([a, b])] == ["a/run", "b/run"]
+    with pytest.raises(UserError, match="named twice"):
+        read_runs([a, a])
+
+
+def test_a_long_run_is_thinned_but_keeps_its_evaluations(tmp_path):
+    run = recorded(tmp_path / "run")
+    rows = [{"progress/iteration": i, "progress/episodes": 2 * i, "ppo/approx_kl": 0.01} for i in range(1, 5_001)]
+    rows[1_234] |= {"eval/success_rate": 0.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_run(run, "run")
+    assert len(read.shown_rows) <= MOST_POINTS + 1 and rows[1_234] in read.shown_rows
+    assert "metrics.jsonl has all" in make_page([read]).thinned
+
+
+# --- Charts -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_chart_is_one_that_plotly_knows(tmp_path):
+    import plotly.graph_objects as go
+
+    page = make_page(read_runs([recorded(tmp_path / "a"), recorded(tmp_path / "b", "healthy", seed=3)]))
+    charts = page.charts()
+    assert {"curve", "kl", "ratio", "reward0", "map0before", "outcomes1", "time1"} <= {chart.key for chart in charts}
+    for chart in charts:
+        figure = json.loads(re.sub(r'"(c[0-7]|ink|muted)(/[\d.]+)?"', '"#123456"', json.dumps(chart.figure())))
+        go.Figure(figure["data"], figure["layout"])  # raises for a name or value that plotly has not
+        assert chart.title and chart.unit and chart.note.endswith(".")
+
+
+def test_the_doctors_findings_are_marked_where_they_fired(tmp_path):
+    run = read_run(recorded(tmp_path / "run"), "run")
+    (kl,) = (chart for chart in algorithm_charts([run])[0] if chart.key == "kl")
+    (marks,) = (trace for trace in kl.data if trace["name"] == "the doctor's findings")
+    assert marks["text"] == [finding["rule"] for finding in run.findings]
+    assert marks["x"] == [run.x_at(finding["progress/iteration"]) for finding in run.findings]
+
+
+def test_reward_terms_add_up_and_phases_fill_the_time(tmp_path):
+    run = read_run(recorded(tmp_path / "run"), "run")
+    (chart,) = reward_charts([run])
+    *terms, whole = (trace for trace in chart.data if trace["name"] != "the doctor's findings")
+    assert [sum(values) for values in zip(*(t["y"] for t in terms), strict=True)] == pytest.approx(whole["y"], abs=1e-3)
+    totals = phase_totals(run)
+    assert sum(totals.values()) == pytest.approx(run.seconds) and totals["other: saving, logging"] == len(run.rows) / 2
+    assert time_charts([run])[0].layout["barmode"] == "stack"
+
+
+def test_seeds_of_one_training_share_a_band(tmp_path):
+    runs = read_runs([recorded(tmp_path / str(seed), "healthy_20_iterations", seed=seed) for seed in range(3)])
+    other = read_run(recorded(tmp_path / "other", "healthy_20_iterations", gamma=0.5), "other")
+    assert [len(group) for group in grouped([*runs, other])] == [3, 1]
+    evaluated = [row["eval/success_rate"] for row in runs[0].rows if row.get("eval/success_rate") is not None]
+    curve = learning_curve(runs)
+    assert curve
+    means = [trace for trace in curve.data if trace["name"] == "mean of 3 seeds" and trace.get("fill") is None]
+    assert [trace["y"] for trace in means] == ([pytest.approx([100 * rate for rate in evaluated])] if evaluated else [])
+    assert [row.name for row in differing([*runs, other])] == ["seed", "gamma"]
+
+
+def test_maps_count_every_episode_once(tmp_path):
+    run = read_run(recorded(tmp_path / "run"), "run")
+    assert run.before and run.after
+    charts, missing = map_charts(0, {"before": run.before, "after": run.after})
+    assert not missing and [chart.key for chart in charts] == ["map0before", "map0after", "by_turn0"]
+    for chart, successes in zip(charts, (20, 37), strict=False):
+        cells = [cell.split("/") for row in chart.data[0]["text"] for cell in row if cell]
+        assert sum(int(wins) for wins, _ in cells) == successes and sum(int(tries) for _, tries in cells) == 40
+    bars = [[cell.split("/") for cell in trace["text"]] for trace in charts[2].data]
+    assert [sum(int(wins) for wins, _ in bar) for bar in bars] == [20, 37]
+    rows = outcome_rows([run.before, run.after])
+    assert [(row.name, row.counts) for row in rows] == [("lifted", (20, 37)), ("no_contact", (20, 3))]
+
+
+def test_facts_that_never_differ_make_no_map(tmp_path):
+    result = evaluation(tmp_path / "e.json", set())
+    same = EvalResult(
+        tuple(EpisodeRow(r.seed, r.success, 1.0, 9, 1.0, facts={"place_x": 0.2}) for r in result.episodes), 1.0,
+        facts=FACTS, start_facts=("place_x",),
+    )  # fmt: skip
+    assert map_charts(0, {"after": same}) == ([], "the same in every episode: place x")
+
+
+def test_films_show_failures_first_and_one_of_every_kind(tmp_path):
+    before = evaluation(tmp_path / "b.json", set(range(10_000, 10_020)))
+    after = evaluation(tmp_path / "a.json", {*range(10_000, 10_010), 10_030})
+    pairs = pairs_of(before, after)
+    kinds = [pair.kind for pair in choose(pairs, 6)]
+    assert kinds == ["still failing", "still failing", "still failing", "lost", "won", "kept"]
+    assert [pair.kind for pair in choose(pairs, 1)] == ["still failing"] and choose(pairs, 0) == []
+
+
+def test_films_that_do_not_fit_are_named():
+    films = [
+        ShownFilm(seed, "won", [Take("before", "", "x" * 4), Take("after", "", "x" * 6)], "run") for seed in (1, 2, 3)
+    ]
+    kept, remark = within(films, 25)
+    assert kept == films[:2] and "seeds 3" in remark and within(films, 30) == (films, "")
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_settings_are_text_never_markup(tmp_path):
+    evil = "<script>alert(1)</script>"
+    run = recorded(tmp_path / 'a<b>&"run', instruction=evil, output_dir="</script><img src=x onerror=alert(1)>")
+    text = write_report([run], films=0).read_text()
+    assert evil not in text and "<img src=x" not in text and "a<b>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_settings_beyond_the_preset_are_listed(tmp_path):
+    run = recorded(tmp_path / "run", target_kl=0.5)
+    names = [row.name for row in beyond_preset(read_run(run, "run"))[0]]
+    assert "target_kl" in names
+    stored = json.loads((run / "config.json").read_text())
+    (run / "start.json").write_text(
+        json.dumps({"manifest": "  trains: a\n  frozen: b", "preset": stored | {"gamma": 0.1}})
+    )
+    read = read_run(run, "run")
+    assert [row.name for row in beyond_preset(read)[0]] == ["gamma"] and beyond_preset(read)[1] == ""
+    assert make_page([read]).runs[0].manifest == ["trains: a", "frozen: b"]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_run_that_just_began_has_a_page(tmp_path, rows):
+    run = recorded(tmp_path / "run")
+    for name in ("eval_before.json", "eval_after.json", "doctor.jsonl"):
+        (run / name).unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:rows]))
+    text = write_report([run], films=2).read_text()
+    assert "Not evaluated before and after training" in text and "reinflow-eval --policy-path" in text
+    assert "the run has no checkpoint yet" in text
+
+
+def test_a_gymnasium_run_is_judged_by_its_return(tmp_path):
+    run = recorded(tmp_path / "run", env_id="Hopper-v5", model_type="flow_mlp")
+    page = make_page([read_run(run, "run")])
+    assert page.unit == "mean return" and page.curve and page.curve.title == "Return over training"
+    assert "a Gymnasium run has no films" in write_report([run]).read_text().replace("A Gym", "a Gym")
+
+
+def test_what_cannot_be_filmed_is_said_and_the_page_is_written(tmp_path):
+    run = recorded(tmp_path / "run", model_type="flow_mlp", flow_mlp_pretrained_path=str(tmp_path / "gone"))
+    (run / "checkpoints/000002/pretrained_model").mkdir(parents=True)
+    (run / "checkpoints/best").symlink_to("000002")
+    text = write_report([run], films=1).read_text()
+    assert "No films: " in text and 'id="metrics"' in text
+
+
+def test_a_training_writes_its_report_and_names_it(trained):
+    assert f"report: {trained / 'report.html'}; open it in a browser" in (trained / "console.txt").read_text()
+    start = json.loads((trained / "start.json").read_text())
+    assert "frozen: " in start["manifest"] and start["preset"]["num_episodes"] == 4_224
+    text = (trained / "report.html").read_text()
+    assert "frozen: " in text and "None in this report" in text  # four reporting episodes are a trial
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+    from reinflow_so101.report.after import write_page
+
+    said = []
+    run = SimpleNamespace(run_dir=tmp_path, tracker=SimpleNamespace(message=said.append))
+    write_page(run, SimpleNamespace(report_episodes=4))
+    assert len(said) == 1 and said[0].startswith("no report.html (") and said[0].endswith(f"reinflow-report {tmp_path}")
+
+
+def test_flags(tmp_path):
+    assert parse_args(["a", "b", "--films", "0"]).run_dirs == ("a", "b")
+    for wrong, message in ((["a", "--films", "-1"], "films"), (["a", "--output", str(tmp_path)], "is a directory")):
+        with pytest.raises(ConfigError, match=message):
+            parse_args(wrong)
+
+
+# --- In a browser -----------------------------------------------------------------------------------------------------
+
+
+def hover(page, chart: str) -> str:
+    """What a chart says of the point in its middle."""
+    place = page.locator(f"#chart-{chart} .plot .nsewdrag").first
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    label = page.locator(f"#chart-{chart} .hoverlayer text").first
+    label.wait_for()
+    return " ".join(page.locator(f"#chart-{chart} .hoverlayer text").all_text_contents())
+
+
+def check(page, width: int) -> None:
+    """What holds of every report in every window."""
+    assert page.errors == [] and page.requests == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for section in SECTIONS:
+        assert page.locator(f"#{section} h2").is_visible(), section
+    for place in page.locator("[data-figure]").all():
+        assert place.locator(".main-svg").count() and place.bounding_box()["width"] > 0.8 * min(width, 560) - 40
+
+
+def test_a_report_with_films_in_a_browser(trained, tmp_path):
+    path = make_report(parse_args([str(trained), "--films", "2", "--output", str(tmp_path / "r.html")]))
+    assert path.stat().st_size <= MOST_BYTES
+    run = read_run(trained, "run")
+    with open_page(path, LAPTOP) as page:
+        check(page, LAPTOP[0])
+        rate = 100 * run.rows[1]["eval/success_rate"]
+        assert f"noise-free, tuning seeds {rate:.4g}" in hover(page, "curve")
+        assert re.search(r"KL \S*\d", hover(page, "kl"))
+        page.fill("#search", "explained")
+        shown = page.locator("[data-metric]:visible").all_text_contents()
+        assert len(shown) == 1 and "ppo/explained_variance" in shown[0]
+        page.click("[data-metric='ppo/explained_variance'] button")
+        assert page.inner_text("#any-title") == "ppo/explained_variance"
+        films = page.locator("video")
+        assert films.count() == 4
+        for film in films.all():
+            film.scroll_into_view_if_needed()
+            film.evaluate("film => film.play()")
+            page.wait_for_function("film => film.currentTime > 0.1", arg=film.element_handle(), timeout=5_000)
+            assert film.evaluate("film => film.error") is None and film.evaluate("film => film.videoWidth") >= 480
+        check(page, LAPTOP[0])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_three_runs_on_a_phone(trained, tmp_path, scheme):
+    runs = [recorded(tmp_path / "a"), recorded(tmp_path / "b", "healthy_20_iterations", seed=4), trained]
+    path = write_report(runs, tmp_path / "three.html", films=0)
+    with open_page(path, PHONE, scheme) as page:
+        check(page, PHONE[0])
+        legend = page.locator("#chart-curve .legendtext").all_text_contents()
+        assert {"a", "b", "run"} <= set(legend)
+        paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+        assert (paper, ink) == {
+            "light": ("rgb(255, 255, 255)", "rgb(27, 36, 48)"), "dark": ("rgb(18, 23, 30)", "rgb(230, 235, 242)"),
+        }[scheme]  # fmt: skip
+        assert page.locator("#chart-curve .xtitle").evaluate("text => getComputedStyle(text).fill") == ink
