@@ -28,13 +28,13 @@ from tests.lerobot_commands import lerobot, plugin_folder
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 MODEL = ROOT / "model"
 NAMES = {"tiny", "tiny-base", "tiny-pi0", "flow_mlp", "embedded"}  # of embedded policies
-VALUES = {"S": "0", "K": "1", "E": "Hopper-v5", "LEVER": "baseline", "N": "0"}
+VALUES = {"S": "0", "K": "1", "E": "Hopper-v5", "LEVER": "baseline", "ARM": "natural", "N": "0"}
 OUTPUTS = {
     "--output-dir", "--output_dir", "--csv", "--png", "--csv-dir", "--robot.calibration_dir", "--robot.report",
 }  # fmt: skip
 POLICIES = {
     "--pretrained-path", "--pi0-pretrained-path", "--flow-mlp-pretrained-path", "--policy-path", "--policy-dir",
-    "--policy.path", "--compare",
+    "--policy.path",
 }  # fmt: skip
 DATA = {"--dataset-root", "--dataset.root"}
 POSITIONAL = {
@@ -218,6 +218,8 @@ def filled(command: Command, place: Workspace, building: bool = True) -> list[st
     """The command's flags with real values; without ``building`` what takes long to make keeps its name."""
     flags, out, flag = command.flags, [], ""
     missing = list(REQUIRED.get(command.program, [])) if not command.whole else []
+    if "--compare" in flags:  # names its policies itself
+        missing = ["--output-dir", "D"]
     if missing and "--every-frame" in flags:  # of a data set
         missing += ["--dataset-root", "D"]
     flags = [w for f, v in zip(missing[::2], missing[1::2], strict=True) if f not in flags for w in (f, v)] + flags
@@ -231,8 +233,13 @@ def filled(command: Command, place: Workspace, building: bool = True) -> list[st
             name, equals, value = word.partition("=")
             flag = name
             out.append(f"{name}={replaced(command, name, value, place, building)}" if equals else word)
-        elif i == 0 and command.program in POSITIONAL:
-            out.append(str(place.positional(command.program)))
+        elif not flag and command.program in POSITIONAL:
+            first = str(place.positional(command.program))
+            out.append(str(copy_of(Path(first), place)) if i and building else first)  # no run is named twice
+        elif flag == "--compare" and not is_here(word):
+            out.append(str(MODEL / "flow_mlp" if flags[i - 1] == "--compare" else place.run))
+        elif command.program == "reinflow-sweep" and "--report" in flags and flag == "--output-dir" and building:
+            out.append(str(place.sweep))
         elif resume and flag in ("--output-dir", "--checkpoint-path"):
             trained = command.program == "train_reinflow.py" or not building
             out.append(str(copy_of(place.run if trained else place.gym_data, place)))
@@ -417,6 +424,8 @@ def sweep_in_small(flags: list[str]) -> list[str]:
     """One training, or a plan of all of them."""
     cut = flags.index("--") if "--" in flags else len(flags)
     own, rest = flags[:cut], flags[cut + 1 :]
+    if "--report" in own:
+        return [*own, "--preset", "flow_mlp", "--grid", "target_kl=.01", "--", *SMALL_TRAINING[1:]]
     if "--grid" not in own:
         return [*own, "--dry-run", "--", *rest]
     return [*own, "--workers", "1", "--preset", "flow_mlp", "--grid", "target_kl=.01", "--", *rest, *SMALL_TRAINING[1:]]

@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -308,6 +309,7 @@ class Message:
     error: str  # the class that is raised with it; "" for a text on the way to one
 
 
+@cache
 def messages() -> list[Message]:
     """Every text in the packages that could reach a user, docstrings not among them."""
     modules = trees()
@@ -337,8 +339,11 @@ def entries() -> list[str]:
 
 def says(message: Message, quoted: str) -> bool:
     """Whether the message is the quoted one; ``...`` stands for anything."""
-    pieces = [re.escape(piece.strip()) for piece in quoted.split("...") if piece.strip()]
-    return re.search(".*?".join(pieces), message.text, re.DOTALL) is not None
+    position = 0
+    for piece in (p.strip() for p in quoted.split("...")):
+        if (position := message.text.find(piece, position)) < 0:
+            return False
+    return True
 
 
 def test_troubleshooting_quotes_what_the_code_says() -> None:
