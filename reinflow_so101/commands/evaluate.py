@@ -122,8 +122,8 @@ def check_config(config: EvalConfig) -> None:
         raise ConfigError(f"output_dir={out} holds an evaluation already: choose another directory")
 
 
-def find_policy(path: str) -> Path:
-    """Policy directory behind a run, a checkpoint or a policy directory; raises ConfigError."""
+def find_policy(path: str, field: str = "policy_path") -> Path:
+    """Policy directory behind a run, a checkpoint or a policy directory; raises ConfigError, which names ``field``."""
     from reinflow.checkpoint import BEST, CHECKPOINTS, PRETRAINED, resolve_checkpoint
 
     if path in EMBEDDED:
@@ -135,7 +135,7 @@ def find_policy(path: str) -> Path:
             return supervised[-1].parent  # of reinflow-sft, whose checkpoints are policies
         return resolve_checkpoint(best if best.exists() else root) / PRETRAINED
     if not (root / CONFIG_FILE).is_file():
-        raise ConfigError(f"policy_path={path} is no run, checkpoint or policy directory (no config.json)")
+        raise ConfigError(f"{field}={path} is no run, checkpoint or policy directory (no config.json)")
     return root
 
 
@@ -260,7 +260,7 @@ def run_compare(config: EvalConfig) -> Comparison:
     from reinflow_so101.commands import compare as contest
 
     check_config(config)
-    out, directories = Path(config.output_dir), [find_policy(path) for path in config.compare]
+    out, directories = Path(config.output_dir), [find_policy(path, "compare") for path in config.compare]
     worlds = worlds_of(config, directories)
     with made(out):
         task = say_task(config, directories, worlds)
