@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from reinflow import ConfigError
+from reinflow.evaluate import read_eval_info
 from reinflow_so101.command_line import field_docs
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
 from reinflow_so101.policy_card import known_env, stored_env, write_card
@@ -172,3 +173,20 @@ def test_a_card_with_nonsense_is_one_line(tmp_path, env):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=next(iter(env))):
         stored_env(tmp_path)
+
+
+def test_what_came_out_is_told_and_filed_and_failures_are_filmed_first(tmp_path, capsys):
+    out = tmp_path / "e"
+    flags = ["--policy-path", "flow_mlp", "--episodes", "80", "--output-dir", str(out), "--video", "--gif"]
+    result = run_eval(parse_args([*flags, "--video-episodes", "2"]))
+    said = " ".join(capsys.readouterr().out.split())
+    failed = [row.seed for row in result.episodes if not row.success]
+    assert 2 < len(failed) < 80
+    assert f"video: 2 of {len(failed)} failures, 0 successes; seeds {failed[0]}, {failed[1]}" in said
+    assert f"{len(failed)} of 80 failed" in said and "time to success:" in said and "title: episodes" not in said
+    assert "worst region: block x" in said and "the worst of" in said and "looks worse than it is" in said
+    for name in ("eval_info.json", "episodes.csv", "video.mp4", "video.gif"):
+        assert f"wrote {out / name}" in said and (out / name).stat().st_size > 1000
+    stored = read_eval_info(out / "eval_info.json")
+    assert stored.episodes == result.episodes and stored.video_paths == [str(out / "video.mp4")]
+    assert stored.failures() == result.failures() and sum(result.failures().values()) == len(failed)

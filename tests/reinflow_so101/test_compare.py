@@ -1,0 +1,161 @@
+"""reinflow-eval --compare: the playing and telling on fake policies whose successes are known, the command on real
+ones."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from reinflow import ConfigError
+from reinflow_so101.commands.compare import (
+    Contender,
+    Contest,
+    play,
+    show,
+    unique_names,
+    what_can_be_shown,
+    what_stops,
+    write,
+)
+from reinflow_so101.commands.evaluate import find_policy, parse_args, run_compare
+from reinflow_so101.policy_card import write_card
+from so101_sim.tasks.registry import task_env
+from tests.reinflow.test_evaluate import FakeVectorEnv
+
+
+class OneStepEnv(FakeVectorEnv):
+    """Episodes of one control step that succeed where the seed's draw is below the action."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+    def step_chunk(self, actions, next_seeds=None):
+        result = super().step_chunk(np.repeat(actions, 7, axis=1))
+        for stats in result.episodes:
+            stats.success = np.random.default_rng(stats.seed).random() < actions[stats.env, 0, 0]
+        return result
+
+
+def policy(name, rate, noise=0.0):
+    """Wins a seed where its draw lies below ``rate``; ``noise`` is how much that varies from seed to seed."""
+
+    def act(observation, seeds, _decision):
+        return np.array([rate + noise * (seed * 7 % 11 - 5) / 5 for seed in seeds])[:, None, None]
+
+    return Contender(name, lambda: act, OneStepEnv)
+
+
+def shown(comparison):
+    console = Console(file=io.StringIO(), width=120)
+    show(comparison, console)
+    return console.file.getvalue()
+
+
+def test_each_is_paired_with_the_first_on_the_same_seeds(tmp_path):
+    comparison = play([policy("old", 0.5), policy("new", 0.8), policy("same", 0.5)], Contest("fake", 10_000, 300, 32))
+    new, same = comparison.pairs["new"], comparison.pairs["same"]
+    assert new.only_a == 0 and new.only_b == pytest.approx(90, abs=25) and new.p_value < 1e-9
+    assert same.difference == 0 and same.p_value == 1
+    said = shown(comparison)
+    assert "new against old on the same 300 seeds: won" in said and "2 comparisons with old" in said
+    assert f"won {new.only_b}: {' '.join(map(str, new.won[:12]))} ..." in said
+    as_json, as_csv = write(comparison, tmp_path)
+    stored = json.loads(as_json.read_text())
+    assert stored["pairs"][0]["won_seeds"] == list(new.won) and stored["pairs"][1]["p_value"] == 1
+    assert [p["name"] for p in stored["policies"]] == ["old", "new", "same"] and stored["seed"] == 10_000
+    with as_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["seed"]) for row in rows] == list(range(10_000, 10_300))
+    assert {int(row["seed"]) for row in rows if row["new"] > row["old"]} == set(new.won)
+
+
+def test_a_large_difference_stops_early_and_is_the_fixed_comparisons_beginning():
+    contenders = [policy("old", 0.5), policy("new", 0.8)]
+    early = play(contenders, Contest("fake", 10_000, 5_000, 32, until=0.05))
+    assert early.verdict == "stopped: new is better than old"
+    n = early.pairs["new"].episodes
+    assert n % 32 == 0 and n < 200
+    assert early.pairs["new"] == play(contenders, Contest("fake", 10_000, n, 50)).pairs["new"]
+    assert "stopping early" in shown(early) and shown(early).rstrip().endswith(early.verdict)
+    swapped = play(contenders[::-1], Contest("fake", 10_000, 5_000, 32, until=0.05))
+    assert swapped.verdict == "stopped: new is better than old"
+
+
+def test_equals_are_stopped_too_and_a_cap_is_said():
+    equals = [policy("a", 0.5, noise=0.1), policy("b", 0.5, noise=-0.1)]
+    assert "10 points is ruled out" in play(equals, Contest("fake", 10_000, 5_000, 32, until=0.1)).verdict
+    capped = play(equals, Contest("fake", 10_000, 70, 32, until=0.02))
+    assert capped.verdict.startswith("undecided: 70 episodes") and capped.pairs["b"].episodes == 70
+
+
+def test_what_n_can_show_is_said_before():
+    assert "10 %: 6.2 points" in what_can_be_shown(200) and "warning" not in what_can_be_shown(200)
+    assert "5 %: none" in what_can_be_shown(50) and "warning: fewer than 200" in what_can_be_shown(50)
+    assert "warning" in what_stops(Contest("fake", 0, 200, 32, until=0.03))
+    assert "10 %: 1,635" in what_stops(Contest("fake", 0, 20_000, 32, until=0.03))
+    assert unique_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+
+
+def test_a_policy_against_itself_by_the_command(tmp_path, capsys):
+    flags = ["--compare", "flow_mlp", "flow_mlp", "--episodes", "24", "--output-dir", str(tmp_path / "c")]
+    comparison = run_compare(parse_args(flags))
+    (paired,) = comparison.pairs.values()
+    assert paired.difference == 0 and paired.p_value == 1 and 0 < paired.both < 24
+    said = " ".join(capsys.readouterr().out.split())
+    assert "task: lift (" in said and "warning: fewer than 200 episodes" in said and "p = 1 (McNemar, exact)" in said
+    for name in ("compare.json", "compare.csv"):
+        assert f"wrote {tmp_path}/c/{name}" in said and (tmp_path / "c" / name).is_file()
+    with pytest.raises(ConfigError, match="holds an evaluation already"):
+        run_compare(parse_args(flags))
+
+
+def test_different_tasks_are_refused_unless_one_is_said(tmp_path):
+    other = tmp_path / "wide"
+    shutil.copytree(find_policy("flow_mlp"), other, ignore=shutil.ignore_patterns("checksums.json"))
+    write_card(other, task_env("lift_wide", render_images=False, environment_state=True))
+    flags = ["--compare", "flow_mlp", str(other), "--episodes", "2", "--output-dir", str(tmp_path / "c")]
+    with pytest.raises(ConfigError, match=r"different tasks \(flow_mlp: lift \(.*: lift_wide \(.*--task lift \|"):
+        run_compare(parse_args(flags))
+    assert not (tmp_path / "c").exists()
+    comparison = run_compare(parse_args([*flags, "--task", "lift"]))
+    assert comparison.contest.task.startswith("lift (") and comparison.contest.task.endswith("as --task says")
+    (paired,) = comparison.pairs.values()
+    assert paired.difference == 0  # the same weights in the same task
+    longer = run_compare(
+        parse_args([*flags[:-1], str(tmp_path / "d"), "--task", "lift", "--env.max-steps-per-episode", "50"])
+    )
+    assert {row.length for result in longer.results.values() for row in result.episodes} == {50}  # both of them
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--policy-path", "tiny", "--compare", "tiny", "tiny"], "both are given"),
+        ([], "neither is given"),
+        (["--compare", "tiny"], "one policy"),
+        (["--policy-path", "tiny", "--until", ".03"], "comparison of two"),
+        (["--compare", "tiny", "tiny", "tiny", "--until", ".03"], "comparison of two"),
+        (["--compare", "tiny", "tiny", "--until", ".9"], "until must"),
+        (["--compare", "tiny", "tiny", "--video"], "video shows one policy"),
+        (["--compare", "tiny", "nosuch"], "compare=nosuch is no run"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused(tmp_path, flags, problem):
+    from reinflow_so101.commands.evaluate import run
+
+    with pytest.raises(ConfigError, match=problem):
+        run(parse_args([*flags, "--output-dir", str(tmp_path / "c")]))
+    assert not (tmp_path / "c").exists()
+
+
+def test_until_has_a_cap_of_its_own(tmp_path):
+    flags = ["--compare", "tiny", "tiny", "--output-dir", str(tmp_path)]
+    assert parse_args(flags).episodes == 200 and parse_args([*flags, "--until", ".03"]).episodes == 20_000
+    assert parse_args([*flags, "--until", ".03", "--episodes", "700"]).episodes == 700
