@@ -169,7 +169,8 @@ class Workspace:
         """A data set of the kind that the command takes."""
         if command.program.startswith("lerobot-"):
             return self.video_data
-        if any("hopper" in word for word in command.words):
+        of_gym = command.program == "reinflow-sft-mlp" and "--every-frame" in command.words
+        if of_gym or any("hopper" in word for word in command.words):
             return self.gym_data
         images = command.program == "reinflow-sft" or (
             command.program in ("reinflow-shortcut", "reinflow-reflow") and "--policy-dir" in command.words
@@ -429,6 +430,31 @@ def sweep_in_small(flags: list[str]) -> list[str]:
     if "--grid" not in own:
         return [*own, "--dry-run", "--", *rest]
     return [*own, "--workers", "1", "--preset", "flow_mlp", "--grid", "target_kl=.01", "--", *rest, *SMALL_TRAINING[1:]]
+
+
+ALIASES = {
+    "--episodes": "--num-episodes",
+    "--parallel-envs": "--num-parallel-envs",
+    "--num-envs": "--num-parallel-envs",
+}
+
+
+def shape(command: Command) -> tuple[str, ...]:
+    """What is left of a command when it is small: two of one shape would run the same thing."""
+    if command.program.startswith("benchmarks/") and command.program not in IN_SMALL:
+        return (command.program,)  # --quick says all
+    training = command.program == "train_reinflow.py"
+    fixed = {w.partition("=")[0] for w in (SMALL_TRAINING if training else IN_SMALL.get(command.program, []))}
+    kept, flag = [command.program], ""
+    for word in command.flags:
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            name = ALIASES.get(flag, flag) if training else flag
+            if name not in fixed | OUTPUTS | {"--seed"}:
+                kept.append(flag if flag in POLICIES | DATA else word)
+        elif (ALIASES.get(flag, flag) if training else flag) not in fixed | OUTPUTS | POLICIES | DATA | {"--seed", ""}:
+            kept.append(word)
+    return (kept[0], *sorted(kept[1:]))
 
 
 def run(command: Command, place: Workspace) -> Path:

@@ -138,5 +138,6 @@ def of_module(path: Path) -> Iterator[Command]:
 def documented() -> list[Command]:
     """Every command of the documents and of the modules' docstrings."""
     pages = [p for p in tracked(".md") if p.relative_to(ROOT).as_posix() not in HISTORY and "tests" not in p.parts]
-    modules = [p for p in tracked(".py") if "tests" not in p.relative_to(ROOT).parts]
+    inner = re.compile(r"tests/|benchmarks/.*\b_[a-z]")  # no commands of their own
+    modules = [p for p in tracked(".py") if not inner.match(p.relative_to(ROOT).as_posix())]
     return [c for p in pages for c in of_markdown(p)] + [c for p in modules for c in of_module(p)]
