@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from reinflow import ConfigError, run_command
+from reinflow.progress import spinner
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
 from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, RATE, SEED, Range, check_ranges
 from reinflow.stage import STAGE_FILE
@@ -428,7 +429,8 @@ def reflow(config: ReflowConfig) -> dict[str, Any]:
         print(f"the teacher is the student of round {made}: --round {made + 1} takes the rate of the next")
     with StageDirectory.open(config.output_dir, settings, config.resume, COMMAND) as stage:
         per_episode = -(-source.env.max_steps_per_episode // source.executed)
-        policy = load_teacher(config, source, config.episodes * per_episode)
+        with spinner("loading the teacher"):
+            policy = load_teacher(config, source, config.episodes * per_episode)
         pairs = prepare_pairs(config, source, policy, stage.progress_dir / PAIRS_FILE)
         if config.sweep_lr:
             record: dict[str, Any] = {"recommended_lr": sweep(config, policy, pairs, stage)}

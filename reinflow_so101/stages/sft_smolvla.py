@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinflow import ConfigError, run_command
+from reinflow.progress import spinner
 from reinflow.seeds import FIRST_REPORTING_SEED, FIRST_TUNING_SEED
 from reinflow.settings import FRACTION, NOT_NEGATIVE, POSITIVE, RATE, SEED, Range, check_ranges
 from reinflow.stage import StageDirectory
@@ -227,7 +228,8 @@ def _finetune(config: SftConfig, stage: StageDirectory) -> dict[str, Any]:
     available = len(data.state) - config.held_out
     episodes = config.episodes or available
     game = played(config, directory, int(np.median(data.lengths)), every)
-    policy, preprocessor, _ = load_smolvla(directory, num_steps=config.num_steps[0])
+    with spinner("loading the policy"):
+        policy, preprocessor, _ = load_smolvla(directory, num_steps=config.num_steps[0])
     preprocessor, postprocessor = with_action_statistics(policy, preprocessor, data)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
