@@ -229,12 +229,20 @@ RULES: tuple[Rule, ...] = (
         "critic_lr ({lr:.1e}), critic_warmup_iters (10), larger rollouts",
     ),
     Rule(
+        symptoms.failing_pays,
+        f"`rollout/failure_return_median` above `rollout/return_mean` by {AGAINST_SIGMAS:.0f} standard errors (3 to "
+        f"{RECENT} iterations), though some episodes succeed",
+        "a penalty makes trying cost more than it earns: whoever fails safely is paid better than the policy is on "
+        "average, and so it learns not to try",
+        "lower the penalty (reward/{term}) until a failed try costs little beside what a success pays, or leave it out "
+        "until most tries succeed",
+    ),
+    Rule(
         symptoms.return_against_success,
         f"over {AGAINST_MIN} iterations or more the return rose and success fell by {AGAINST_SIGMAS:.0f} standard "
         "errors",
-        "the reward pays for something else than the task: a penalty that trying risks makes not trying the best "
-        "policy",
-        "lower what rose (reward/{term}), or pay a success more than a failed try can lose",
+        "the reward pays for something else than the task, and the policy has found it",
+        "lower what rose (reward/{term}), or pay a success more than all else together",
     ),
     Rule(
         symptoms.reward_without_success,

@@ -27,6 +27,7 @@ METRICS: dict[str, str] = {
     "rollout/success_rate": "Share of the iteration's training episodes that succeeded, with exploration noise.",
     "rollout/return_mean": "Mean undiscounted return of the iteration's episodes.",
     "rollout/return_std": "Standard deviation of the undiscounted returns of the iteration's episodes.",
+    "rollout/failure_return_median": "Median return of those that failed; above the mean of all, not trying pays.",
     "rollout/episode_length": "Mean control steps per episode.",
     "reward/<term>": "Mean over episodes of one reward term, summed over the episode; the terms add up to the return.",
     "logprob/new_mean": "Mean log-prob of a ratio group under the weights being trained. Positive for small noise.",

@@ -78,6 +78,8 @@ class RolloutInfo:
         returns = [e.return_ for e in sound]
         if self.objective == "success":
             metrics["rollout/success_rate"] = float(np.mean([e.success for e in sound]))
+            if failed := [e.return_ for e in sound if not e.success]:
+                metrics["rollout/failure_return_median"] = float(np.median(failed))
         metrics |= {
             "rollout/return_mean": float(np.mean(returns)),
             "rollout/return_std": float(np.std(returns)),

@@ -376,6 +376,26 @@ def blind_critic(h: History) -> Symptom | None:
     return Symptom(f"{span(rows)}: explained variance {share:.2f} on average", {"epochs": epochs, "lr": lr})
 
 
+def failing_pays(h: History) -> Symptom | None:
+    names = ("rollout/failure_return_median", "rollout/return_mean", "rollout/return_std", "rollout/success_rate")
+    rows = h.last(RECENT, 3, *names, "progress/episodes")
+    if not rows:
+        return None
+    episodes = rows[-1]["progress/episodes"] / max(rows[-1]["progress/iteration"], 1)
+    safe, mean, spread, success = (fmean(values_of(rows, n)) for n in names)
+    error = spread / math.sqrt(len(rows) * episodes)
+    if safe - mean <= AGAINST_SIGMAS * error or not 0 < success < SOLVED:
+        return None
+    terms = {name: fmean(values_of(rows, name)) for name in reward_terms(rows)}
+    costly = min(terms, key=lambda name: terms[name], default="")
+    costs = f"; {costly} costs {-terms[costly]:.2f} an episode" if costly else ""
+    evidence = (
+        f"{span(rows)}: half of the failed episodes return {safe:.2f} or more, the mean of all is {mean:.2f} with "
+        f"{success:.1%} of successes{costs}"
+    )
+    return Symptom(evidence, {"term": costly.removeprefix(REWARD_FAMILY) or "unknown"}, "error")
+
+
 def return_against_success(h: History) -> Symptom | None:
     names = ("rollout/return_mean", "rollout/success_rate", "rollout/return_std", "progress/episodes")
     rows = h.last(len(h.rows), AGAINST_MIN, *names)
@@ -398,10 +418,15 @@ def return_against_success(h: History) -> Symptom | None:
     return Symptom(evidence, {"term": term}, "error")
 
 
+def reward_terms(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Names of the reward terms that all rows have."""
+    names = [name for name in rows[-1] if name.startswith(REWARD_FAMILY)]
+    return [name for name in names if all(row.get(name) is not None for row in rows)]
+
+
 def risen_term(start: Sequence[Mapping[str, float]], end: Sequence[Mapping[str, float]]) -> tuple[str, str]:
     """The reward term that rose most between two groups of rows, and that in words."""
-    rows = [*start, *end]
-    terms = [name for name in end[-1] if name.startswith(REWARD_FAMILY) and all(name in row for row in rows)]
+    terms = reward_terms([*start, *end])
     changes = {name: fmean(values_of(end, name)) - fmean(values_of(start, name)) for name in terms}
     if not changes:
         return "unknown", ""

@@ -186,6 +186,7 @@ CRAFTED = {
         ),
         {},
     ),
+    "failing_pays": (added(rollout__failure_return_median=5.0), {}),
     "evaluated_on_training": (added(eval__trained_share=0.04), {}),
     "targets_beyond_value_clip": (override(critic__target_shift=-1.5), {}),
     "blind_critic": (override(ppo__explained_variance=lambda n: 0.02 * (-1) ** n), {}),
