@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import asdict, replace
@@ -14,15 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reinflow import ConfigError, UserError
+from reinflow import ConfigError, UserError, progress
 from reinflow.checkpoint import checkpoint_step, load_training_state, resolve_checkpoint, save_checkpoint
 from reinflow.checksums import replace_with_sum, sha256
-from reinflow.evaluate import EpisodeRow, EvalResult, EvaluationStopped
+from reinflow.evaluate import EpisodeRow, EvalResult, EvaluationStopped, evaluate_seeds
 from reinflow.flow import ChainSpec
 from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.metrics import read_metrics
-from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
+from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout, noise_free_actor
 from reinflow.run import Run, RunError, RunSettings
+from reinflow.sinks import Sink
 from reinflow.training_state import CheckpointError
 from tests.fakes import ReachEnv, make_policy
 
@@ -409,3 +411,67 @@ def test_a_broken_episode_stays_broken_over_a_resume_and_costs_no_step(tmp_path)
     resumed.lock.release()
     run.learner.settings = replace(UPDATE, minibatch_size=4)  # all of the rollout's decisions
     assert run.learner.update(buffer)["ppo/optimizer_steps"] == UPDATE.num_ppo_epochs
+
+
+class Watching(Sink):
+    """Keeps what the live bar is told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def progress(self, episodes: int) -> None:
+        self.told.append(episodes)
+
+
+def with_bars(run: Run, watching: Watching) -> Run:
+    """The loop of 8 decisions an iteration, with the bars of a training."""
+    with run:
+        run.tracker.sinks.append(watching)
+        for _ in run.iterations():
+            with run.rollout_bar(8) as after_chunk:
+                buffer, info, run.current = collect_rollout(
+                    run.policy, run.env, run.current, 2, SPEC, RolloutSettings(gamma=0.99), run.learner.normalizer,
+                    run.seeds, after_chunk,
+                )  # fmt: skip
+            run.count(info.episodes, int(buffer.active.sum()))
+            run.metrics |= info.metrics() | run.learner.update(buffer)
+            run.log()
+        run.finish()
+    return run
+
+
+def test_the_live_bar_moves_within_an_iteration_and_changes_nothing(tmp_path):
+    iterate(make_run(tmp_path / "without", save_interval=99).start())
+    watching = Watching()
+    with_bars(make_run(tmp_path / "with", save_interval=99).start(), watching)
+    assert watching.told == [0, 4, 4, 8, 8, 12, 12, 16]  # after each of two chunk steps, of which the second ends it
+    names = figures(tmp_path / "without")[0].keys() - {"progress/timesteps"}
+    with_them, without = (
+        [{name: row[name] for name in names} for row in figures(tmp_path / one)] for one in ("with", "without")
+    )
+    assert with_them == without
+
+
+def test_the_live_bar_counts_control_steps_where_the_run_does(tmp_path):
+    watching = Watching()
+    run = with_bars(make_run(tmp_path, total_timesteps=60, save_interval=99).start(), watching)
+    assert watching.told[-1] == run.timesteps >= 60
+    assert watching.told == sorted(watching.told)
+
+
+def test_whatever_may_take_long_in_an_iteration_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", -1.0)  # every move of a bar becomes a line
+    run = make_run(tmp_path, episodes=4).start()
+    run.learner = PPOLearner(
+        run.policy, SPEC, replace(UPDATE, minibatch_size=2, gradient_accumulation_steps=2, anchor_coeff=0.1), 0, True
+    )  # fmt: skip
+    with_bars(run, Watching())
+    evaluate_seeds(noise_free_actor(run.policy, SPEC), ReachEnv, 5000, 8, 4)
+    said = dict(re.findall(r"^([a-zA-Z ,]+): [0-9]+ of ([0-9]+)", capsys.readouterr().out, re.MULTILINE))
+    epochs = UPDATE.num_ppo_epochs
+    assert said == {
+        "rollout, decisions": "8", "scoring again, minibatches": "4", "anchor, minibatches": "4",
+        "policy, steps": str(2 * epochs), "gradient, minibatches": "2", "KL, minibatches": "4",
+        "KL of decisions, minibatches": "4", "critic, steps": str(2 * UPDATE.num_critic_epochs),
+        "evaluation, episodes": "8",
+    }  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from reinflow import ConfigError
+from reinflow import progress as bars
 from reinflow.stage import StageDirectory
 from reinflow.supervised import FitError, FitSettings, Progress, fit
 from reinflow.training_state import CheckpointError
@@ -51,6 +52,15 @@ def test_a_killed_fit_goes_on_as_if_nothing_had_happened(tmp_path, died):
     assert rest == rows[started:]
     for one, other in ((whole, resumed), (average, resumed_average)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_fit_says_how_far_it_is_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bars, "LINE_EVERY_S", -1.0)  # every move becomes a line
+    descend(tmp_path, stop_after=7)
+    capsys.readouterr()
+    descend(tmp_path)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("training, steps: 6 of 12, loss ") and last.startswith("training, steps: 11 of 12, loss ")
 
 
 def test_progress_of_another_model_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rich
 import torch
 from rich.console import Console
 
@@ -124,6 +125,32 @@ def test_eta_counts_from_the_start_of_the_first_iteration(tmp_path, monkeypatch)
         tracker.log(2, {"progress/episodes": 50, "time/iteration": 20.0})
     first, second = out.file.getvalue().splitlines()
     assert first.endswith("ETA 0:00:30") and second.endswith("ETA 0:00:30")
+
+
+def test_the_live_bars_time_left_counts_down_from_the_last_iterations(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("reinflow.sinks.time.monotonic", lambda: clock[0])
+    with open_tracker(tmp_path, console=console(terminal=True)) as tracker:
+        live = tracker.sinks[-1]
+
+        def left():
+            return live.left.render(live.bar.tasks[0]).plain
+
+        assert left() == "ETA ?"
+        clock[0] = 100.0
+        tracker.log(1, {"progress/episodes": 25, "time/iteration": 100.0})
+        assert left() == "ETA 0:05:00"
+        clock[0] = 110.0
+        tracker.progress(45)  # rollouts are faster than iterations, whose update is still to come
+        assert left() == "ETA 0:04:50"
+
+
+def test_bars_are_on_one_console(tmp_path):
+    with tracking.open_tracker(
+        tmp_path, config={}, num_episodes=1, episodes_done=0, wandb_mode="off", wandb_project="", wandb_run_id=None,
+        resumed_iteration=None,
+    ) as tracker:  # fmt: skip
+        assert tracker.sinks[-1].console is rich.get_console()
 
 
 def test_eta_is_unknown_before_the_first_episode_of_a_session(tmp_path):
