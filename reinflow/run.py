@@ -30,7 +30,7 @@ from reinflow.learner import PPOLearner
 from reinflow.lock import RunLock
 from reinflow.metrics import METRICS_FILE
 from reinflow.policy import FlowPolicy
-from reinflow.progress import progress_bar
+from reinflow.progress import progress_bar, spinner
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
 from reinflow.set_aside import set_aside
@@ -439,7 +439,10 @@ class Run:
             refuse_not_finite(tensors["policy"].items(), f"the policy after iteration {self.iteration}")
         except CheckpointError as error:
             raise CheckpointError(f"nothing was saved: {error}, with smaller steps: {self.resume_command}") from error
-        checkpoint.save_checkpoint(self.run_dir, self.iteration, self._write_policy, tensors, state, make_root=False)
+        with spinner("saving"):
+            checkpoint.save_checkpoint(
+                self.run_dir, self.iteration, self._write_policy, tensors, state, make_root=False
+            )
         checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)
         self._saved_at, self._saved_iteration = self.episodes, self.iteration
 

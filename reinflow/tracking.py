@@ -18,6 +18,7 @@ from rich.console import Console
 
 from reinflow.env import Extra
 from reinflow.metrics import TrackingError, check_names, known_metrics
+from reinflow.progress import spinner
 from reinflow.sinks import Counted, JsonlSink, LiveConsole, PlainConsole, Sink
 
 Metrics = Mapping[str, SupportsFloat]
@@ -163,7 +164,8 @@ class WandbSink(Sink):
         self._offer(name, send)
 
     def close(self, failed: bool) -> None:
-        self._try(lambda: self.run.finish(exit_code=int(failed)))
+        with spinner("Weights & Biases: sending what is left"):
+            self._try(lambda: self.run.finish(exit_code=int(failed)))
 
 
 def resolve_wandb_mode(mode: WandbMode) -> tuple[Literal["online", "offline", "off"], str]:
@@ -336,15 +338,17 @@ def open_tracker(
     run_dir, console = Path(run_dir), console or rich.get_console()
     run_dir.mkdir(parents=True, exist_ok=True)
     wandb_sink = Sink()
-    mode, why = resolve_wandb_mode(wandb_mode)
+    with spinner("Weights & Biases: looking for the server", console):
+        mode, why = resolve_wandb_mode(wandb_mode)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if why:
         say(why)
     if mode != "off":
-        wandb_sink = run = WandbSink(
-            run_dir, mode, wandb_project, config, wandb_run_id, say,
-            counted=counted, objective=objective, tags=tags, notes=notes,
-        )  # fmt: skip
+        with spinner("Weights & Biases: starting", console):
+            wandb_sink = run = WandbSink(
+                run_dir, mode, wandb_project, config, wandb_run_id, say,
+                counted=counted, objective=objective, tags=tags, notes=notes,
+            )  # fmt: skip
         wandb_run_id = str(run.run.id)
     jsonl = JsonlSink(run_dir, resumed_iteration)
     # The live bar last: it must not be drawn when another sink fails to start.

@@ -83,9 +83,10 @@ def seeds_to_film(run_dir: Path, most: int) -> list[int]:
 
 def show_film(run: Run, config: FlatConfig, name: str, seeds: Sequence[int]) -> None:
     """Film the policy as it is on these seeds, into RUN/films; what stands in the way is said and ends nothing."""
+    from reinflow.evaluate import EvaluationStopped
     from reinflow.rollout import noise_free_actor
 
-    act = noise_free_actor(run.policy, config.chain())
+    act = run.unless_stopped(noise_free_actor(run.policy, config.chain()))
     try:
         from reinflow_so101.films import film_episodes, mp4_bytes, stack
 
@@ -93,6 +94,8 @@ def show_film(run: Run, config: FlatConfig, name: str, seeds: Sequence[int]) -> 
         path = run.run_dir / FILMS / f"{name}.mp4"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(mp4_bytes(stack(films)))
+    except EvaluationStopped:
+        return
     except Exception as error:  # no OpenGL, a full disk: a training does not end for want of a film
         run.tracker.message(f"no film of {name} ({error})")
         return
