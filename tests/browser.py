@@ -37,8 +37,8 @@ def open_page(path: Path, size: tuple[int, int] = LAPTOP, scheme: Literal["light
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, has_touch=size == PHONE,
-            is_mobile=size == PHONE, device_scale_factor=2 if size == PHONE else 1,
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce",
+            has_touch=size == PHONE, is_mobile=size == PHONE, device_scale_factor=2 if size == PHONE else 1,
         )  # fmt: skip
         page = context.new_page()
         page.errors, page.requests = [], []

@@ -37,7 +37,7 @@ def learning_curve(runs: Sequence[RunFiles]) -> Chart | None:
         drawn = line(run, f"rollout/{name}", "training, with noise", shade, factor=factor, **thin)
         drawn += _evaluations(run, f"eval/{name}", "noise-free, tuning seeds", shade, factor)
         drawn += _reports(run, shade, by_return)
-        data += drawn if one else [_among(trace, run.name) for trace in drawn]
+        data += drawn if one else _of_one(drawn, run.name)
         if one:
             shapes += _report_bands(run, by_return)
     data += [trace for group in grouped(runs) if len(group) > 1 for trace in _spread(group, f"eval/{name}", factor)]
@@ -54,12 +54,18 @@ def learning_curve(runs: Sequence[RunFiles]) -> Chart | None:
     return over_training("curve", f"{what} over training", unit, note, runs, data, shapes, yaxis, wide=True, height=420)
 
 
-def _among(trace: Trace, name: str) -> Trace:
-    """A trace among those of several runs, which the legend names once."""
-    shown = trace | {"legendgroup": name, "name": name}
-    if "hovertemplate" in trace:
-        shown["hovertemplate"] = f"{name}: {trace['hovertemplate']}"
-    return shown if "tuning" in trace["name"] else shown | {"showlegend": False}
+def _of_one(traces: Sequence[Trace], name: str) -> list[Trace]:
+    """The traces of one run among several: the legend names it once, the hover always."""
+    shown = [
+        trace
+        | {"legendgroup": name, "name": name, "showlegend": False}
+        | ({"hovertemplate": f"{name}: {trace['hovertemplate']}"} if "hovertemplate" in trace else {})
+        for trace in traces
+    ]
+    named = [place for place, trace in enumerate(traces) if "tuning" in trace["name"] and "fill" not in trace]
+    if shown:
+        shown[named[0] if named else 0]["showlegend"] = True
+    return shown
 
 
 def _evaluations(run: RunFiles, metric: str, label: str, shade: str, factor: float) -> list[Trace]:

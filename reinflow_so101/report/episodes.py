@@ -19,8 +19,8 @@ EPISODES_PER_CELL = 16  # on average, so that a cell's share means something
 MOST_BINS, FEWEST_BINS = 6, 2
 BEFORE, AFTER = "c4", "c0"  # their colours
 MAP_NOTE = (
-    "Healthy: evenly dark blue to yellow after training; a corner that stays dark is where episodes start that still "
-    "fail. Numbers are successes of episodes."
+    "Healthy: every cell bright after training; where one stays dark, episodes still fail. Numbers are successes of "
+    "episodes."
 )
 
 
@@ -175,10 +175,12 @@ def _by_fact(place: int, name: str, results: Mapping[str, EvalResult], edges: Se
     label = label_of(name, next(iter(results.values())).facts.get(name))
     note = "Healthy: bars of one height after training; the thin bars are 95 % intervals of that bin's episodes."
     layout = {
-        "xaxis": {"title": {"text": label}, "tickvals": _middles(edges)}, "barmode": "group", "hovermode": "x unified",
+        "xaxis": {"title": {"text": label}, "tickvals": _middles(edges), "tickformat": ".3~g"},
+        "barmode": "group", "hovermode": "x unified",
         "yaxis": {"range": [0, 105]},
     }  # fmt: skip
-    return Chart(f"by_{name}{place}", f"Success by {name.replace('_', ' ')}", "% of the episodes", note, data, layout)
+    title = f"Success by {name.replace('_', ' ')}"
+    return Chart(f"by_{name}{place}", title, "% of the episodes", note, data, layout, wide=True, height=260)
 
 
 @dataclass(frozen=True)

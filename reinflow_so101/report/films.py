@@ -6,9 +6,11 @@ import base64
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from reinflow import UserError
 from reinflow.checkpoint import stored_value
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from so101_sim.film import Film
 
 
+POSTER_WIDTH = 560  # pixels, about what a laptop shows
+
+
 @dataclass(frozen=True)
 class Take:
     """A film as the page embeds it."""
@@ -33,6 +38,7 @@ class Take:
     when: str  # before, after
     outcome: str
     mp4: str  # base64
+    poster: str  # base64 jpeg of its end, which shows the outcome
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ShownFilm:
     @property
     def size(self) -> int:
         """Characters in the page."""
-        return sum(len(take.mp4) for take in self.takes)
+        return sum(len(take.mp4) + len(take.poster) for take in self.takes)
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,12 @@ def _take(when: str, film: Film) -> Take:
     from reinflow_so101.films import mp4_bytes
 
     ended = film.outcome or ("success" if film.success else "failure")
-    return Take(when, ended.replace("_", " "), base64.b64encode(mp4_bytes(film)).decode())
+    picture = Image.fromarray(film.frames[-1])
+    picture.thumbnail((POSTER_WIDTH, POSTER_WIDTH))
+    poster = BytesIO()
+    picture.save(poster, "JPEG", quality=75)
+    encoded = (base64.b64encode(content).decode() for content in (mp4_bytes(film), poster.getvalue()))
+    return Take(when, ended.replace("_", " "), *encoded)
 
 
 def _kind(before: Film, after: Film) -> str:

@@ -53,6 +53,7 @@
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
       xaxis: axis(given.xaxis, narrow), yaxis: axis(given.yaxis, false),
       hovermode: given.hovermode || "closest",
+      hoverdistance: given.hovermode === "x unified" ? -1 : 20,
     };
     place.style.height = layout.height + "px";
     Plotly.react(place, traces, layout, { responsive: true, displaylogo: false, displayModeBar: touch || printing ? false : "hover",
