@@ -12,6 +12,8 @@ from PIL import Image
 
 from reinflow.env import Observation
 
+PALETTE_FRAMES = 8  # that a gif's colours are chosen from
+
 
 def tile_frames(pixels: Mapping[str, np.ndarray], rows: Sequence[int]) -> np.ndarray:
     """One picture of several episodes and views.
@@ -98,9 +100,15 @@ def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: int) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [Image.fromarray(frame).quantize(128) for frame in frames]
-    if not images:
+    pictures = list(frames)
+    if not pictures:
         raise ValueError(f"no frames to write to {path}")
+    # One palette and no dithering: what stands still is then the same in every frame, and costs nothing. It covers all
+    # there is, as choosing by frequency takes the colour from a small word, and then moves to what is frequent.
+    sample = np.concatenate([*pictures[:: max(1, len(pictures) // PALETTE_FRAMES)], pictures[-1]])[::2, ::2]
+    colours = Image.fromarray(np.ascontiguousarray(sample))
+    palette = colours.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in pictures]
     duration_ms = max(round(1000 / fps), 20)
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0, optimize=True)
     return path

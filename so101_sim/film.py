@@ -10,7 +10,7 @@ from typing import Any
 
 import mujoco
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
@@ -94,7 +94,7 @@ class FilmingEnv(ChunkVectorEnv):
         self._shoot(observation, self._takes)
         return observation
 
-    def step_chunk(self, actions: ArrayLike, next_seeds: Sequence[int] | None = None) -> ChunkResult:
+    def step_chunk(self, actions: NDArray[Any], next_seeds: Sequence[int] | None = None) -> ChunkResult:
         """See `ChunkVectorEnv.step_chunk`. Raises ValueError for `next_seeds`: a film ends with its episode."""
         if next_seeds is not None:
             raise ValueError("episodes are filmed one after the other: reset with the next seeds")
@@ -140,8 +140,8 @@ class FilmingEnv(ChunkVectorEnv):
         if take.ended is not None:
             said, colour = take.ended.outcome.replace("_", " "), GREEN if take.ended.success else RED
             right = SIZE - left - draw.textlength(said, font=_font(24))
-            draw.text((right, 12), said, fill=colour, font=_font(24))
-            draw.rectangle((0, BAND_HEIGHT, SIZE - 1, BAND_HEIGHT + 3), fill=colour)
+            draw.text((right, 8), said, fill=colour, font=_font(24))
+            draw.rectangle((0, BAND_HEIGHT, SIZE - 1, BAND_HEIGHT + 4), fill=colour)
         return np.asarray(picture)
 
     def _cut(self, take: _Take, stats: EpisodeStats) -> Film:

@@ -3,13 +3,17 @@
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
+from reinflow import ConfigError
 from reinflow.env import Observation
 from reinflow.evaluate import evaluate
+from reinflow_so101.commands.film import FilmConfig, make_film
 from reinflow_so101.films import film_episodes, mp4_bytes
 from so101_sim.expert import ScriptedExpert
 from so101_sim.film import BAND_HEIGHT, GREEN, RED, SIZE, Film, FilmingEnv, column, side_by_side, stack
@@ -34,12 +38,12 @@ def films() -> list[Film]:
 
 def red(frame: np.ndarray) -> np.ndarray:
     """Where the picture of the scene shows the block."""
-    scene = frame[BAND_HEIGHT + 4 :, :SIZE].astype(int)
+    scene = frame[BAND_HEIGHT + 5 :, :SIZE].astype(int)
     return (scene[..., 0] > 110) & (scene[..., 1] < 60) & (scene[..., 2] < 60)
 
 
 def has(frame: np.ndarray, colour: tuple[int, int, int]) -> bool:
-    return bool((frame[: BAND_HEIGHT + 4, :SIZE] == colour).all(axis=-1).sum() > 50)
+    return bool((frame[: BAND_HEIGHT + 5, :SIZE] == colour).all(axis=-1).sum() > 50)
 
 
 def test_a_film_is_of_its_seed_and_ends_with_its_outcome(films: list[Film]) -> None:
@@ -141,3 +145,26 @@ def test_an_mp4_plays_everywhere(films: list[Film]) -> None:
     assert len(shown) == len(films[0].frames)
     assert np.abs(shown[0].astype(int) - films[0].frames[0]).mean() < 4.0
     assert len(data) < 100_000
+
+
+def test_policies_side_by_side_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_film(FilmConfig(("flow_mlp",), str(tmp_path / "film.gif"), (10_002,), ("start",), width=240))
+    with Image.open(path) as picture:
+        # Every second frame of 76 and the second after them, of which those alike are one.
+        assert picture.size == (240, 240) and 30 < picture.n_frames <= 51
+    assert capsys.readouterr().out.startswith("start: seed 10002 ")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (FilmConfig((), "f.gif"), "policies, seeds"),
+        (FilmConfig(("tiny",), "f.avi"), r"f.avi is no film: end it in .mp4 or .gif"),
+        (FilmConfig(("tiny",), "f.mp4", titles=("a", "b")), "2 of 1: one each"),
+        (FilmConfig(("tiny",), "f.mp4", seeds=(-1,)), "at least 0"),
+        (FilmConfig(("nosuch",), "f.mp4"), "nosuch is no run"),
+    ],
+)
+def test_a_film_that_cannot_be_is_refused_at_once(config: FilmConfig, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make_film(config)
