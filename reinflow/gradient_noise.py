@@ -36,10 +36,10 @@ class GradientMemory:
         and where nothing has a gradient or it is not finite.
         """
         fresh = self.probe.gradients()
-        square = float(fresh @ fresh)
+        square = _dot(fresh, fresh)
         if not 0.0 < square < float("inf"):
             return {}
-        known = {"gradients/signal_share": float(fresh @ self.sum) / self.weight / square} if self.weight else {}
+        known = {"gradients/signal_share": _dot(fresh, self.sum) / self.weight / square} if self.weight else {}
         self.sum = MEMORY * self.sum + fresh if self.weight else fresh
         self.weight = MEMORY * self.weight + 1.0
         return known
@@ -51,6 +51,11 @@ class GradientMemory:
     def load_state_dict(self, state: dict[str, Tensor | float]) -> None:
         """Inverse of ``state_dict``."""
         self.weight, self.sum = float(state["weight"]), torch.as_tensor(state["sum"]).to(self.sum)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """By a sum, which rounds the same wherever the tensors lie in memory: a BLAS product does not."""
+    return float((a * b).sum())
 
 
 def noise_scale(signal_share: float, episodes: float) -> float:
