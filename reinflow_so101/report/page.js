@@ -106,21 +106,35 @@
     film.src = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
   }
 
-  // The films of a seed play, stop and jump together; the shorter one waits at its end.
+  // One button and one slider for the films of a seed; the shorter one waits at its end.
   for (const takes of document.querySelectorAll(".takes")) {
     const films = [...takes.querySelectorAll("video")];
+    const button = document.createElement("button"), slider = document.createElement("input"), bar = document.createElement("div");
+    button.type = "button";
+    slider.type = "range"; slider.min = 0; slider.max = 1000; slider.value = 0; slider.setAttribute("aria-label", "time");
+    bar.className = "player"; bar.append(button, slider); takes.after(bar);
+    const length = () => Math.max(...films.map((film) => film.duration || 0));
+    const playing = () => films.some((film) => !film.paused && !film.ended);
+    const show = () => { button.textContent = playing() ? "pause" : "play"; };
+    const toggle = () => {
+      if (playing()) return films.forEach((film) => film.pause());
+      if (films.every((film) => film.ended)) films.forEach((film) => { film.currentTime = 0; });
+      films.forEach((film) => { if (!film.ended) film.play(); });
+    };
+    button.addEventListener("click", toggle);
+    slider.addEventListener("input", () => films.forEach((film) => {
+      film.pause();
+      film.currentTime = Math.min(slider.value / 1000 * length(), film.duration || 0);
+    }));
     for (const film of films) {
-      const others = films.filter((other) => other !== film);
-      film.addEventListener("play", () => others.forEach((other) => {
-        if (!other.paused) return;
-        if (!other.ended || film.currentTime < 0.1) other.currentTime = film.currentTime;
-        if (film.currentTime < other.duration) other.play();
-      }));
-      film.addEventListener("pause", () => { if (!film.ended) others.forEach((other) => other.pause()); });
-      film.addEventListener("seeked", () => { if (film.paused) others.forEach((other) => {
-        if (other.paused && Math.abs(other.currentTime - film.currentTime) > 0.05) other.currentTime = Math.min(film.currentTime, other.duration);
-      }); });
+      film.controls = false;
+      film.addEventListener("click", toggle);
+      for (const name of ["play", "pause", "ended"]) film.addEventListener(name, show);
+      film.addEventListener("timeupdate", () => {
+        if (playing()) slider.value = 1000 * Math.max(...films.map((each) => each.currentTime)) / (length() || 1);
+      });
     }
+    show();
   }
 
   dark.addEventListener("change", drawAll);
