@@ -81,6 +81,22 @@ def test_where_pairs_seldom_differ_it_is_cautious():
     assert np.mean(apart == B_BETTER) >= 0.84 and length.mean() <= 0.7 * fixed_number(0.05)
 
 
+def test_print_the_table():
+    """What it costs by true difference; `pytest tests/reinflow/test_sequential.py -s` shows it."""
+    print("\ndiscordant | fixed | true, points | A, B, neither of 2,000 | mean of fixed | longest | over fixed")
+    for discordant in (0.05, 0.1, 0.2, 0.4):
+        fixed, means = fixed_number(discordant), []
+        for true in (0.0, SIZE / 2, SIZE, 2 * SIZE):
+            if true <= discordant:
+                verdicts, played = simulate(discordant, true, seed=int(true > 0))
+                means.append(played.mean())
+                counts = ", ".join(str((verdicts == end).sum()) for end in (A_BETTER, B_BETTER, NO_DIFFERENCE))
+                print(f"{100 * discordant:.0f} % | {fixed:,} | {100 * true:.3g} | {counts} | "
+                      f"{played.mean():,.0f} ({played.mean() / fixed:.0%}) | {played.max():,} | "
+                      f"{np.mean(played > fixed):.1%}")  # fmt: skip
+        assert max(means) == means[1] < 0.85 * fixed  # the hardest truth lies between none and the size asked for
+
+
 def test_a_large_difference_is_seen_soon():
     verdicts, played = simulate(0.2, 2 * SIZE)
     assert np.mean(verdicts == B_BETTER) > 0.99 and played.mean() < 0.3 * fixed_number(0.2)

@@ -25,6 +25,7 @@ from reinflow_so101.commands.evaluate import find_policy, parse_args, run_compar
 from reinflow_so101.policy_card import write_card
 from so101_sim.tasks.registry import task_env
 from tests.reinflow.test_evaluate import FakeVectorEnv
+from tests.test_benchmarks import quick
 
 
 class OneStepEnv(FakeVectorEnv):
@@ -159,3 +160,8 @@ def test_until_has_a_cap_of_its_own(tmp_path):
     flags = ["--compare", "tiny", "tiny", "--output-dir", str(tmp_path)]
     assert parse_args(flags).episodes == 200 and parse_args([*flags, "--until", ".03"]).episodes == 20_000
     assert parse_args([*flags, "--until", ".03", "--episodes", "700"]).episodes == 700
+
+
+def test_the_first_noise_is_the_seeds_and_measured(tmp_path):
+    (row,) = quick("first_noise", tmp_path)[""]
+    assert row["outcomes that change with the same x_0"] == "0" and 0 <= int(row["outcomes that change"]) <= 8
