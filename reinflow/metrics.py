@@ -49,7 +49,7 @@ METRICS: dict[str, str] = {
     "ppo/early_stopped": "1 if the KL limit ended the policy's updates early.",
     "ppo/steps_undone": "Policy steps taken back because their KL overshot the limit.",
     "ppo/steps_refused": "Share of policy steps refused because their gradient was not finite; the weights stayed.",
-    "loss/policy": "Clipped surrogate loss, mean over the iteration's updates.",
+    "loss/policy": "Clipped surrogate loss less the entropy's part, mean over the iteration's updates; 0 at first.",
     "loss/value": "Half mean squared error of the value in normalised returns.",
     "loss/entropy": "Mean entropy of one noise coordinate.",
     "gradients/policy_norm": "Policy gradient norm before clipping.",
