@@ -129,16 +129,18 @@ def _report_bands(run: RunFiles, by_return: bool) -> list[dict[str, Any]]:
 
 
 def _spread(group: Sequence[RunFiles], metric: str, factor: float) -> list[Trace]:
-    """Mean of the training seeds, and a band from the lowest to the highest, where all were evaluated."""
-    columns = {run.name: {row[run.counted] or 0.0: row[metric] for row in logged(run, metric)} for run in group}
-    common = sorted(set.intersection(*(set(values) for values in columns.values())))
+    """Mean of the training seeds, and a band from the lowest to the highest, at the iterations where all were
+    evaluated."""
+    columns = [{row["progress/iteration"] or 0.0: row for row in logged(run, metric)} for run in group]
+    common = sorted(set.intersection(*(set(rows) for rows in columns)))
     if not common:
         return []
-    values = [[factor * (of_run[x] or 0.0) for of_run in columns.values()] for x in common]
+    x = [number(fmean(rows[at][run.counted] or 0.0 for run, rows in zip(group, columns, strict=True))) for at in common]
+    values = [[factor * (rows[at][metric] or 0.0) for rows in columns] for at in common]
     low, high = ([number(end(row)) for row in values] for end in (min, max))
     label = f"mean of {len(group)} seeds"
     mean: Trace = {
-        "x": common, "y": [number(fmean(row)) for row in values], "name": label, "type": "scatter", "mode": "lines",
+        "x": x, "y": [number(fmean(row)) for row in values], "name": label, "type": "scatter", "mode": "lines",
         "line": {"color": "ink", "width": 3}, "legendgroup": label,
     }  # fmt: skip
-    return [band(common, low, high, "c7", label, legendgroup=label, showlegend=False), mean]
+    return [band(x, low, high, "c7", label, legendgroup=label, showlegend=False), mean]

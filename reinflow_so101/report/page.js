@@ -51,7 +51,7 @@
       hoverlabel: { bgcolor: panel, bordercolor: css.getPropertyValue("--rule").trim(), font: { color: ink, size: 12.5 }, align: "left", namelength: narrow ? 18 : 40 },
       showlegend: legendOf(traces),
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
-      xaxis: axis(given.xaxis, narrow), yaxis: axis(given.yaxis, false),
+      xaxis: { ...axis(given.xaxis, narrow), exponentformat: "none", separatethousands: true }, yaxis: axis(given.yaxis, false),
       hovermode: given.hovermode || "closest",
       hoverdistance: given.hovermode === "x unified" ? -1 : 20,
     };

@@ -151,9 +151,14 @@ def film_all(runs: Sequence[RunFiles], most: int, room: int) -> tuple[list[Shown
     made: list[Films] = []
     for place, run in enumerate(runs):
         made.append(make_films(run, share) if place * share < most else Films(remark=f"left out (--films {most})."))
-    remarks = [f"{who}{films.remark}" for who, films in zip(whose, made, strict=True) if films.remark]
+    remarks = [f"{who}{_sentence(films.remark)}" for who, films in zip(whose, made, strict=True) if films.remark]
     shown, cut = within([film for films in made for film in films.shown], room)
-    return shown, [Remark(text[:1].upper() + text[1:]) for text in (*remarks, cut) if text]
+    return shown, [Remark(text) for text in (*remarks, _sentence(cut)) if text]
+
+
+def _sentence(text: str) -> str:
+    """With a capital."""
+    return text[:1].upper() + text[1:]
 
 
 def make_page(runs: Sequence[RunFiles]) -> Page:
@@ -274,7 +279,7 @@ def failures_of(place: int, run: RunFiles) -> Failures:
         remarks.append("they are of an older version, those of today tell")
         commands = [eval_command(run, when) for when in results]
     text = "; ".join(remarks)
-    remark = Remark(f"{text[:1].upper()}{text[1:]}{':' if commands else '.'}", commands) if text else None
+    remark = Remark(f"{_sentence(text)}{':' if commands else '.'}", commands) if text else None
     worst = worst_region(run.after) if run.after and charts else None
     where = worst.describe(run.after.facts) if worst and run.after else ""
     return Failures([*charts, *([chart] if chart else [])], outcomes, list(results), remark, where)
