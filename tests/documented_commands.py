@@ -177,9 +177,10 @@ class Workspace:
         )
         return self.image_data if images else self.state_data
 
-    def positional(self, program: str) -> Path:
+    def positional(self, command: Command) -> Path:
         """What stands for RUN and the like."""
-        if program == "reinflow-check-arm":
+        program = command.program
+        if program == "reinflow-check-arm" or "--fp32-backbone" in command.words:
             return MODEL / "tiny_smolvla"
         return self.run.parent if program == "reinflow-monitor" else self.run
 
@@ -235,7 +236,7 @@ def filled(command: Command, place: Workspace, building: bool = True) -> list[st
             flag = name
             out.append(f"{name}={replaced(command, name, value, place, building)}" if equals else word)
         elif not flag and command.program in POSITIONAL:
-            first = str(place.positional(command.program))
+            first = str(place.positional(command))
             out.append(str(copy_of(Path(first), place)) if i and building else first)  # no run is named twice
         elif flag == "--compare" and not is_here(word):
             out.append(str(MODEL / "flow_mlp" if flags[i - 1] == "--compare" else place.run))

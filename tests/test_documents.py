@@ -58,7 +58,9 @@ CANNOT: dict[str, Callable[[Command], bool]] = {
     "needs an arm": lambda c: (
         "so101_follower" in c.text or c.program in ("lerobot-calibrate", "lerobot-record", "lerobot-teleoperate")
     ),
-    "downloads from the hub": lambda c: "lerobot/smolvla_base" in c.text or "lerobot/pi0" in c.text,
+    "downloads from the hub, or has what was trained from that": lambda c: (
+        "lerobot/smolvla_base" in c.text or "lerobot/pi0" in c.text or "images.camera1" in c.text
+    ),
     "a model of the published size": lambda c: (
         "--size real" in c.text or "--policy smolvla" in c.text or c.program == "benchmarks/memory_plan.py"
     ),
