@@ -5,12 +5,15 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from reinflow import ConfigError
+from reinflow.evaluate import read_eval_info
+from reinflow.paired import compare_results
 from reinflow_so101.commands.compare import (
     Contender,
     Contest,
@@ -26,6 +29,7 @@ from reinflow_so101.policy_card import write_card
 from so101_sim.tasks.registry import task_env
 from tests.reinflow.test_evaluate import FakeVectorEnv
 from tests.test_benchmarks import quick
+from train_reinflow import PRESETS, train
 
 
 class OneStepEnv(FakeVectorEnv):
@@ -44,13 +48,19 @@ class OneStepEnv(FakeVectorEnv):
         return result
 
 
-def policy(name, rate, noise=0.0):
+class PaidEnv(OneStepEnv):
+    """The same, judged by its return, which is the action."""
+
+    objective = "return"
+
+
+def policy(name, rate, noise=0.0, env=OneStepEnv):
     """Wins a seed where its draw lies below ``rate``; ``noise`` is how much that varies from seed to seed."""
 
     def act(observation, seeds, _decision):
         return np.array([rate + noise * (seed * 7 % 11 - 5) / 5 for seed in seeds])[:, None, None]
 
-    return Contender(name, lambda: act, OneStepEnv)
+    return Contender(name, lambda: act, env)
 
 
 def shown(comparison):
@@ -94,6 +104,20 @@ def test_equals_are_stopped_too_and_a_cap_is_said():
     assert "10 points is ruled out" in play(equals, Contest("fake", 10_000, 5_000, 32, until=0.1)).verdict
     capped = play(equals, Contest("fake", 10_000, 70, 32, until=0.02))
     assert capped.verdict.startswith("undecided: 70 episodes") and capped.pairs["b"].episodes == 70
+
+
+def test_what_is_judged_by_return_is_compared_by_return(tmp_path):
+    paid = [policy("old", 1.0, env=PaidEnv), policy("new", 2.0, noise=0.5, env=PaidEnv)]
+    comparison = play(paid, Contest("fake", 10_000, 44, 8))
+    paired = comparison.pairs["new"]
+    by_hand = [row.return_ - 1.0 * row.length for row in comparison.results["new"].episodes]
+    assert paired.difference == pytest.approx(np.mean(by_hand)) and paired.p_value < 1e-6
+    assert "mean difference of the returns +" in shown(comparison) and "McNemar" not in shown(comparison)
+    as_json, as_csv = write(comparison, tmp_path)
+    assert json.loads(as_json.read_text())["pairs"][0]["difference"] == paired.difference
+    with as_csv.open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["new"]) - float(row["old"]) == pytest.approx(by_hand[0])
 
 
 def test_what_n_can_show_is_said_before():
@@ -165,3 +189,16 @@ def test_until_has_a_cap_of_its_own(tmp_path):
 def test_the_first_noise_is_the_seeds_and_measured(tmp_path):
     (row,) = quick("first_noise", tmp_path)[""]
     assert row["outcomes that change with the same x_0"] == "0" and 0 <= int(row["outcomes that change"]) <= 8
+
+
+def test_a_training_says_what_it_changed_seed_by_seed(tmp_path, capsys):
+    config = replace(
+        PRESETS["flow_mlp"], output_dir=str(tmp_path / "run"), num_episodes=4, episodes_per_iteration=4,
+        num_parallel_envs=4, minibatch_size=6, gradient_accumulation_steps=1, eval_interval=0,
+        report_episodes=6, wandb_enabled=False,
+    )  # fmt: skip
+    train(config)
+    said = capsys.readouterr().out
+    before, after = (read_eval_info(tmp_path / "run" / f"eval_{when}.json") for when in ("before", "after"))
+    assert compare_results(before, after).summary("before", "after") in said
+    assert "after against before on the same 6 seeds: won" in said
