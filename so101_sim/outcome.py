@@ -90,7 +90,7 @@ class LiftTaxonomy(Taxonomy):
         "never_closed": "The jaws came to the block and never closed there.",
         "missed": "The jaws closed beside the block or above it and did not hold it.",
         "slipped": "Both jaws held the block, if only by an edge, and lost it before it rose.",
-        "dropped": "The block was raised and lost.",
+        "dropped": "Both jaws held the block, raised it and lost it.",
         "timed_out": "The block was held or in the air when time was up.",
     }
     facts: ClassVar = {
@@ -154,7 +154,8 @@ class LiftTaxonomy(Taxonomy):
             "held_steps": old["held_steps"] + held.sum(axis=1),
             "last_held": np.maximum(old["last_held"], (used * held).max(axis=1)),
             "height": height[order, last],
-            "top": np.maximum(old["top"], np.where(active, height, -np.inf).max(axis=1)),
+            # Not before the jaws opened: a block that starts under them is thrown up at once.
+            "top": np.maximum(old["top"], np.where(opened, height, -np.inf).max(axis=1)),
             "leaning_steps": old["leaning_steps"] + (leaning & active).sum(axis=1),
             # Added one after the other, so that the sum depends neither on the chunks nor on how a library blocks it.
             "jerk": np.concatenate([old["jerk"][:, None], motion], axis=1).cumsum(axis=1)[:, -1],
@@ -227,10 +228,8 @@ class LiftTaxonomy(Taxonomy):
         risen = found["height"] - found["start_z"] > RAISED_M
         if risen or (held and length - found["last_held"] < hold_steps):
             return "timed_out"
-        if found["top"] - found["start_z"] > RAISED_M:
-            return "dropped"
         if held:
-            return "slipped"
+            return "dropped" if found["top"] - found["start_z"] > RAISED_M else "slipped"
         if found["leaning_steps"] > LEANING_SHARE * length:
             return "joint_limit"
         if found["pushed"] > PUSHED_M:

@@ -208,6 +208,10 @@ def approach() -> Story:
     return Story().then(5, 0.08, 1.0).then(10, 0.08, 45.0).then(10, 0.04, 45.0).then(10, 0.01, 45.0)
 
 
+def start_under_jaws() -> Story:
+    return Story().then(1, 0.01, 1.0).then(5, 0.05, 1.0, height=0.05).then(10, 0.05, 45.0).then(10, 0.01, 45.0)
+
+
 @pytest.mark.parametrize(
     ("story", "outcome"),
     [
@@ -223,7 +227,9 @@ def approach() -> Story:
         # Tipped onto an edge it is no higher than a corner of it allows.
         (approach().then(12, 0.01, 7.0, both_jaws=True, height=0.009).then(20, 0.03, 3.0), "slipped"),
         (approach().then(12, 0.01, 7.0, both_jaws=True, height=0.03).then(20, 0.03, 3.0), "dropped"),
-        (approach().then(12, 0.01, 7.0, height=0.03).then(20, 0.03, 3.0), "dropped"),  # scooped up by one jaw
+        (approach().then(12, 0.01, 7.0, height=0.03).then(20, 0.03, 3.0), "missed"),  # it jumped up beside the jaws
+        # A block that starts under the jaws jumps as well.
+        (start_under_jaws().then(12, 0.01, 7.0, both_jaws=True).then(20, 0.03, 3.0), "slipped"),
         (approach().then(12, 0.01, 7.0, both_jaws=True), "timed_out"),
         (approach().then(12, 0.01, 7.0, height=0.03), "timed_out"),  # in the air, however
         # A contact that flickers at the end is still a grasp.
