@@ -145,7 +145,7 @@ def _play_until(contenders: Sequence[Contender], contest: Contest) -> Comparison
     size = min(contest.num_parallel_envs, contest.episodes)
     with ExitStack() as stack, torch.no_grad():
         sides = [(c.name, c.load(), stack.enter_context(c.make_env(size))) for c in contenders]
-        advance = stack.enter_context(progress_bar("comparison, % of the information that it needs at most", 100))
+        advance = stack.enter_context(progress_bar("comparison, % of the longest", 100))
         for first in range(0, contest.episodes, size):
             seeds = range(contest.seed + first, contest.seed + min(first + size, contest.episodes))
             for name, act, env in sides:

@@ -55,7 +55,7 @@ class EvalConfig:
     if it holds an evaluation."""
     compare: tuple[str, ...] = ()
     """Instead of policy_path: two policies or more, each against the first on the same seeds."""
-    until: Annotated[float, Range(0.005, 0.5, or_zero=True)] = 0.0
+    until: Annotated[float, Range(0.005, 0.2, or_zero=True)] = 0.0
     """Of a comparison of two: stop as soon as a difference is shown, or one of this share (.03: 3 points) is ruled out;
     episodes is then the most, 20,000 if it is not given. 0 plays all episodes."""
     episodes: Annotated[int, Range(1, 1_000_000)] = 200

@@ -26,15 +26,15 @@ from reinflow.sequential import (
 SIMS, BATCH, SIZE = 2_000, 32, 0.03
 
 
-def simulate(discordant, true, seed=0, batch=BATCH, sims=SIMS):
+def simulate(discordant, true, seed=0, size=SIZE):
     """Verdicts and pairs played (sims,) of comparisons whose true difference is ``true``."""
-    rng, test = np.random.default_rng(seed), Sequential(SIZE)
-    won, lost, n = np.zeros(sims, int), np.zeros(sims, int), 0
-    verdicts, played, looked = np.zeros(sims, int), np.zeros(sims, int), np.zeros(sims)
+    rng, test = np.random.default_rng(seed), Sequential(size)
+    won, lost, n = np.zeros(SIMS, int), np.zeros(SIMS, int), 0
+    verdicts, played, looked = np.zeros(SIMS, int), np.zeros(SIMS, int), np.zeros(SIMS)
     share = (discordant + true) / 2
     while (open_ := verdicts == GO_ON).any():
-        new = rng.multinomial(batch, [share, discordant - share, 1 - discordant], size=sims)
-        won, lost, n = won + new[:, 0], lost + new[:, 1], n + batch
+        new = rng.multinomial(BATCH, [share, discordant - share, 1 - discordant], size=SIMS)
+        won, lost, n = won + new[:, 0], lost + new[:, 1], n + BATCH
         t = test.information(n, won, lost)
         look = open_ & (t >= np.minimum(looked + LOOK_EVERY, 1.0))
         looked = np.where(look, t, looked)
@@ -95,6 +95,13 @@ def test_print_the_table():
                       f"{played.mean():,.0f} ({played.mean() / fixed:.0%}) | {played.max():,} | "
                       f"{np.mean(played > fixed):.1%}")  # fmt: skip
         assert max(means) == means[1] < 0.85 * fixed  # the hardest truth lies between none and the size asked for
+
+
+@pytest.mark.parametrize(("size", "discordant"), [(0.01, 0.05), (0.1, 0.2), (0.2, 0.4)])
+def test_other_sizes_hold_the_error_rates_too(size, discordant):
+    same, _ = simulate(discordant, 0.0, size=size)
+    apart, _ = simulate(discordant, size, seed=1, size=size)
+    assert np.isin(same, (A_BETTER, B_BETTER)).sum() <= ALPHA * SIMS and np.mean(apart == B_BETTER) >= 0.88
 
 
 def test_a_large_difference_is_seen_soon():
