@@ -235,22 +235,12 @@ def collect_rollout(
         following = current.after(policy, result)
         broken |= set(current.episodes[current.breaks(result)].tolist())
         played.append(current.episodes)
-        reward, discount = chunk_return(_zero_for_nan(result.rewards), result.active, settings)
         _store(contexts, step, num_chunk_steps, policy.to_buffer(current.context))
-        rows.append({
-            "chain": sample.chain,
-            "log_prob": sample.log_prob,
-            "noisy": sample.noisy,
-            "active": torch.as_tensor(result.active),
+        values = {
             "value": normalizer.denormalize(policy.value(current.context)),
             "next_value": _next_value(policy, following, result, normalizer, settings),
-            "reward": torch.as_tensor(reward, dtype=torch.float32),
-            "discount": torch.as_tensor(discount, dtype=torch.float32),
-            "terminated": torch.as_tensor(result.terminated),
-            "truncated": torch.as_tensor(result.truncated),
-        })  # fmt: skip
-        if settings.credit == "control_step":
-            rows[-1] |= _control_steps(current, result)
+        }
+        rows.append(_row(current, sample, result, settings) | values)
         episodes.extend(current.ended(result))
         current = following
         if after_chunk:
@@ -260,6 +250,24 @@ def collect_rollout(
     stacked = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
     info = RolloutInfo(episodes, seconds_env, time.perf_counter() - start - seconds_env, env.objective)
     return RolloutBuffer(context=contexts, **stacked), info, current
+
+
+def _row(
+    current: RolloutState, sample: ChainSample, result: ChunkResult, settings: RolloutSettings
+) -> dict[str, Tensor]:
+    """What one chunk step adds to the buffer besides context and values, each (N, ...)."""
+    reward, discount = chunk_return(_zero_for_nan(result.rewards), result.active, settings)
+    row = {
+        "chain": sample.chain,
+        "log_prob": sample.log_prob,
+        "noisy": sample.noisy,
+        "active": torch.as_tensor(result.active),
+        "reward": torch.as_tensor(reward, dtype=torch.float32),
+        "discount": torch.as_tensor(discount, dtype=torch.float32),
+        "terminated": torch.as_tensor(result.terminated),
+        "truncated": torch.as_tensor(result.truncated),
+    }
+    return row | (_control_steps(current, result) if settings.credit == "control_step" else {})
 
 
 def _mask_broken(rows: list[dict[str, Tensor]], played: NDArray[np.int64], broken: set[int]) -> None:

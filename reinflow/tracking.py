@@ -24,11 +24,12 @@ from reinflow.sinks import Counted, JsonlSink, LiveConsole, PlainConsole, Sink
 Metrics = Mapping[str, SupportsFloat]
 WandbMode = Literal["auto", "online", "offline", "off"]
 WANDB_START_S, WANDB_REACH_S = 60, 10  # limits on its start and its end, and on finding its server
-COPIED_MB = 20  # of an artifact: as much is copied aside, so that it can be sent later whatever becomes of the files
+COPIED_MB = 20  # of an artifact: as much is copied, so that it can be sent later whatever becomes of the files
 SENT_MB = 100  # more than a usual line sends within WANDB_START_S: larger ones stay where they are
 
 Objective = Literal["success", "return"]
 TAG_LENGTH = 64  # Weights & Biases' limit
+DATA_DIR = "WANDB_DATA_DIR"  # where it copies to
 REPORT: dict[str, str] = {
     "report/success_before": "Noise-free success of the starting policy on the reporting seeds.",
     "report/success_after": "The same of the best checkpoint.",
@@ -64,6 +65,9 @@ class WandbSink(Sink):
         import wandb  # here: its import takes a second and no other sink needs it
 
         self.say, self.works = say, True
+        self.moved = DATA_DIR not in os.environ
+        if self.moved:  # else copies of artefacts and tables would lie in the user's home
+            os.environ[DATA_DIR] = str(run_dir.resolve() / "wandb")
         try:
             self.run = wandb.init(
                 project=project,
@@ -166,6 +170,8 @@ class WandbSink(Sink):
     def close(self, failed: bool) -> None:
         with spinner("Weights & Biases: sending what is left"):
             self._try(lambda: self.run.finish(exit_code=int(failed)))
+        if self.moved:
+            os.environ.pop(DATA_DIR, None)
 
 
 def resolve_wandb_mode(mode: WandbMode) -> tuple[Literal["online", "offline", "off"], str]:
@@ -264,7 +270,7 @@ class Tracker:
         """Send a file or a folder to Weights & Biases, to keep with the run.
 
         ``name``: there, before the run's id; ``kind``: Weights & Biases' word for what it is, such as "model".
-        Up to COPIED_MB it is copied aside, up to SENT_MB it is sent from where it is, offline by a later `wandb sync`;
+        Up to COPIED_MB it is copied into RUN/wandb, up to SENT_MB it is sent from where it is, offline by a later `wandb sync`;
         of what is larger the artifact names the files with their checksums, and nothing is copied or sent.
         """
         for sink in self.sinks:

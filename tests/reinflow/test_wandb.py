@@ -1,6 +1,7 @@
 """Weights & Biases itself, offline: what it is told is read back from the log that `wandb sync` sends."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_an_artefact_is_copied_sent_or_only_named_by_its_size(tmp_path, monkeypa
     copies = [path for path in (tmp_path / "wandbs").rglob("*") if path.is_file() and path.stat().st_size > 1e5]
     assert bool(copies) == copied
     assert f"artifact policy, {megabytes:.1f} MB" in text and ("it stays in" in text) == (not sent)
+
+
+def test_copies_lie_in_the_run_directory_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run_dir = tmp_path / "run"
+    with tracker(run_dir) as one:
+        one.artifact(policy_of(tmp_path / "best", 1.0), "policy", "model")
+    (artifact,) = of_kind(sessions(run_dir)[0], "artifact")
+    assert all((run_dir / "wandb") in Path(entry.local_path).parents for entry in artifact.manifest.contents)
+    assert "WANDB_DATA_DIR" not in os.environ
 
 
 def test_an_artefact_that_is_not_there_ends_nothing(tmp_path):
