@@ -270,8 +270,8 @@ class Tracker:
         """Send a file or a folder to Weights & Biases, to keep with the run.
 
         ``name``: there, before the run's id; ``kind``: Weights & Biases' word for what it is, such as "model".
-        Up to COPIED_MB it is copied into RUN/wandb, up to SENT_MB it is sent from where it is, offline by a later `wandb sync`;
-        of what is larger the artifact names the files with their checksums, and nothing is copied or sent.
+        Up to COPIED_MB it is copied into RUN/wandb, up to SENT_MB it is sent from where it is, offline by a later
+        `wandb sync`; of what is larger the artifact names the files with their checksums: nothing is copied or sent.
         """
         for sink in self.sinks:
             sink.artifact(path, name, kind)
