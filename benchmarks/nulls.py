@@ -43,6 +43,7 @@ ADAM = [
     "--minibatch-size", "128", "--gradient-accumulation-steps", "1",
 ]  # fmt: skip
 WHITE = [*ADAM, "--noise-basis", "white", "--sigma-min", ".05", "--sigma-max", ".05", "--target-kl", ".3"]
+ONE_STEP = ["--num-ppo-epochs", "1", "--minibatch-size", "96", "--gradient-accumulation-steps", "6"]
 SMALL = [
     "--num-envs", "16", "--episodes-per-iteration", "16", "--minibatch-size", "24",
     "--gradient-accumulation-steps", "2",
@@ -67,8 +68,8 @@ ARMS: dict[str, Arm] = {
     "one ratio": Arm([*WHITE, "--log-prob-reduction", "chunk"]),
     "1 batch shape": Arm([*WHITE, "--log-prob-reduction", "chunk"], "batch_shape", "one ratio", ("ratio_off_one",)),
     "mean ratio": Arm([*WHITE, "--log-prob-reduction", "mean"]),
-    "2 mean ratio, unscaled step": Arm(
-        [*WHITE, "--log-prob-reduction", "mean", "--policy-lr", "3e-6"], "", "mean ratio", ("nothing_moves",)
+    "2 mean ratio, unscaled": Arm(
+        [*WHITE, *ONE_STEP, "--log-prob-reduction", "mean", "--policy-lr", "3e-6"], "", "mean ratio", ("nothing_moves",)
     ),
     "3 drop penalty": Arm([], "drop_penalty", "natural", ("failing_pays", "return_against_success")),
     "4 training scenes": Arm(["--eval-seed", "8"], "few_scenes", "natural", ("evaluated_on_training",)),

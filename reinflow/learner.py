@@ -425,7 +425,7 @@ class PPOLearner:
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
         log_ratio = log_ratio * self._undo_mean(coordinates)
         small = float(0.5 * (log_ratio**2).mean())
-        return small if small < 1 else float(-log_ratio.mean())
+        return small if small < 1 else max(-float(log_ratio.mean()), 0.0)
 
     def _undo_mean(self, coordinates: int) -> float:
         """What the reduction ``mean`` divided a decision's log-prob by; 1 for the others, which sum."""

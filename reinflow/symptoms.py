@@ -279,7 +279,7 @@ def nothing_moves(h: History) -> Symptom | None:
     if len(rows) < 3 or not done:
         h.starved |= not done
         return None
-    step = math.sqrt(2 * median(values_of(rows, names[0])))
+    step = math.sqrt(2 * max(median(values_of(rows, names[0])), 0.0))
     iterations = h.config[budget] * h.rows[-1]["progress/iteration"] / done
     if step * iterations >= REACH:
         return None

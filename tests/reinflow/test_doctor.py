@@ -45,6 +45,31 @@ def test_a_healthy_run_fires_nothing_at_any_time(name):
         assert fired(rows[:end], config) == [], end
 
 
+HEALTHY_RUNS = sorted((DATA / "healthy_runs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", HEALTHY_RUNS, ids=lambda path: path.stem)
+def test_no_run_that_learned_is_called_ill(path):
+    """At no iteration, by no rule."""
+    run = json.loads(path.read_text())
+    columns = run["metrics"]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    alarms = {end: names for end in range(1, len(rows) + 1) if (names := fired(rows[:end], run["config"]))}
+    assert not alarms
+
+
+def test_healthy_runs_are_many_and_hold_what_the_rules_read():
+    """Twenty and more, and some with the metrics of every rule."""
+    assert len(HEALTHY_RUNS) >= 20
+    metrics = [set(json.loads(path.read_text())["metrics"]) for path in HEALTHY_RUNS]
+    least = {
+        "ppo/weights_moved": 8, "ppo/decision_kl": 8, "gradients/signal_share": 8,
+        "rollout/failure_return_median": 2, "eval/trained_share": 2,
+    }  # fmt: skip
+    for name, count in least.items():
+        assert sum(name in names for names in metrics) >= count, name
+
+
 def test_critic_rule_does_not_only_look_at_the_flag():
     """The healthy run's figures are healthy whatever the flag says."""
     rows, config = recorded("healthy_20_iterations")

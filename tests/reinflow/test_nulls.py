@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from reinflow.doctor import RULES, diagnose
+from reinflow.env import EpisodeStats
 from reinflow.flow import ChainSpec
 from reinflow.learner import RatioGuardError
+from reinflow.rollout import RolloutInfo
 from reinflow.seeds import PASS, RUN, TrainingSeeds
 from so101_mujoco_utils import RewardConfig, compute_reward
 from so101_sim.config import EnvConfig
@@ -165,8 +167,23 @@ def test_table_compares_episode_by_episode(tmp_path, monkeypatch, capsys):
         assert [row["successes"] for row in csv.DictReader(file)] == ["20", "12"]
 
 
+def test_rollouts_tell_what_failing_returns():
+    """Half of the failures return 1 or more; a rollout without a failure says nothing of them."""
+
+    def played(*results):
+        stats = [EpisodeStats(i, i, value, 10, success) for i, (success, value) in enumerate(results)]
+        return RolloutInfo(stats, 0.0, 0.0).metrics()
+
+    assert played((True, 9.0), (False, -8.0), (False, 1.0), (False, 2.0))["rollout/failure_return_median"] == 1.0
+    assert "rollout/failure_return_median" not in played((True, 9.0))
+
+
 @pytest.mark.slow
-def test_it_runs(tmp_path, monkeypatch, capsys):
+def test_it_runs_and_names_an_evaluation_on_training_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["nulls.py", "--output-dir", str(tmp_path), "--quick"])
     nulls.main()
     assert "| 3 drop penalty |" in capsys.readouterr().out
+    directory = nulls.run("4 training scenes", 0, tmp_path, episodes=64, quick=True)
+    row = nulls.read(directory, "4 training scenes", 0)
+    assert (row["rule"], row["fired_at"]) == ("evaluated_on_training", 4)
+    assert 0 <= int(row["successes_on_training_scenes"]) <= 16
