@@ -216,6 +216,7 @@ def start_under_jaws() -> Story:
     ("story", "outcome"),
     [
         (Story().then(50, 0.01, 1.0), "never_reached"),  # at the block, but the jaws never opened
+        (Story().then(5, 0.08, 1.0).then(50, 0.03, 45.0), "never_reached"),  # beside it by more than its width
         (approach(), "never_closed"),
         (approach().then(10, 0.08, 1.0), "never_closed"),  # they closed elsewhere
         (approach().then(20, 0.01, 7.0), "missed"),
@@ -272,11 +273,11 @@ def test_jerk_is_the_second_difference_of_joint_velocities() -> None:
 
 
 def test_steps_after_the_end_count_for_nothing() -> None:
-    story = approach().then(12, 0.01, 7.0, both_jaws=True, height=0.03).then(30, 0.001, 1.0, height=0.2)
+    story = approach().then(12, 0.01, 7.0).then(30, 0.001, 1.0, both_jaws=True, height=0.2)
     states, n = story.states(), len(story.instants)
     used = np.arange(1, n)[None]
     start, after = rows(states, slice(None), 0), rows(states, slice(None), slice(1, n))
-    active = used <= n - 31  # the lift ended it
+    active = used <= n - 31  # the time limit ended it
     trace = LIFT.follow(np.array([LIFT.begin(rows(states, 0, 0))]), start, after, used, active, used < 0)
     outcome, facts = LIFT.judge(trace[0].tolist(), n - 31, success=False, broken=False, control_period_s=DT)
-    assert outcome == "timed_out" and facts["closest"] == pytest.approx(0.01)
+    assert outcome == "missed" and facts["closest"] == pytest.approx(0.01)
