@@ -49,6 +49,6 @@ def open_page(path: Path, size: tuple[int, int] = LAPTOP, scheme: Literal["light
             lambda r: page.requests.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None,
         )
         page.goto(path.resolve().as_uri())
-        page.wait_for_function("document.documentElement.dataset.drawn === 'yes'")
+        page.wait_for_function("() => document.documentElement.dataset.drawn === 'yes'")
         yield page
         browser.close()

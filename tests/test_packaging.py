@@ -47,6 +47,11 @@ def test_wheel_finds_scene_and_policy(installed):
     assert lines[-1].startswith(str(installed))
 
 
+def test_wheel_holds_the_reports_page(installed):
+    page = installed / "reinflow_so101/report"
+    assert {"page.html", "page.css", "page.js"} <= {path.name for path in page.iterdir()}
+
+
 def test_wheel_holds_every_command(installed):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     checks = "\n".join(
