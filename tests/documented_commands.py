@@ -30,12 +30,14 @@ MODEL = ROOT / "model"
 NAMES = {"tiny", "tiny-base", "tiny-pi0", "flow_mlp", "embedded"}  # of embedded policies
 VALUES = {"S": "0", "K": "1", "E": "Hopper-v5", "LEVER": "baseline", "ARM": "natural", "N": "0"}
 OUTPUTS = {
-    "--output-dir", "--output_dir", "--csv", "--png", "--csv-dir", "--robot.calibration_dir", "--robot.report",
+    "--output-dir", "--output_dir", "--output", "--csv", "--png", "--csv-dir", "--robot.calibration_dir",
+    "--robot.report",
 }  # fmt: skip
 POLICIES = {
     "--pretrained-path", "--pi0-pretrained-path", "--flow-mlp-pretrained-path", "--policy-path", "--policy-dir",
     "--policy.path",
 }  # fmt: skip
+SEVERAL = {"--compare", "--policies"}  # policies beside each other
 DATA = {"--dataset-root", "--dataset.root"}
 POSITIONAL = {
     "reinflow-export", "reinflow-doctor", "reinflow-report", "reinflow-monitor", "reinflow-check-arm",
@@ -238,8 +240,8 @@ def filled(command: Command, place: Workspace, building: bool = True) -> list[st
         elif not flag and command.program in POSITIONAL:
             first = str(place.positional(command))
             out.append(str(copy_of(Path(first), place)) if i and building else first)  # no run is named twice
-        elif flag == "--compare" and not is_here(word):
-            out.append(str(MODEL / "flow_mlp" if flags[i - 1] == "--compare" else place.run))
+        elif flag in SEVERAL and not is_here(word):
+            out.append(str(MODEL / "flow_mlp" if flags[i - 1] == flag else place.run))
         elif command.program == "reinflow-sweep" and "--report" in flags and flag == "--output-dir" and building:
             out.append(str(place.sweep))
         elif resume and flag in ("--output-dir", "--checkpoint-path"):
@@ -338,12 +340,19 @@ def start(program: str) -> None:
     if program in SCRIPTS:
         module, function = SCRIPTS[program].split(":")
         getattr(import_module(module), function)()
+    elif module_file(program).is_file():
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
     elif program.endswith(".py") and (ROOT / program).is_file():
         folder = str((ROOT / program).parent)
         with mock.patch.object(sys, "path", [folder, *sys.path]):
             runpy.run_path(str(ROOT / program), run_name="__main__")
     else:
         raise AssertionError(f"{program} is no program of this project")
+
+
+def module_file(program: str) -> Path:
+    """Where the module of ``python -m program`` would be."""
+    return ROOT / (program.replace(".", "/") + ".py")
 
 
 @cache
@@ -387,6 +396,7 @@ IN_SMALL = {
     "reinflow-build": ["--smoke", "--num-threads", "1"],
     "reinflow-monitor": ["--once"],
     "benchmarks/plot_runs.py": [],
+    "reinflow_so101.commands.film": ["--seeds", "10005"],
     "benchmarks/memory_plan.py": ["--rows", "2"],
     "examples/reacher.py": ["--episodes", "384"],
     "lerobot-eval": ["--eval.n_episodes=2", "--eval.batch_size=2", "--eval.use_async_envs=false"],
@@ -415,6 +425,8 @@ def small(command: Command, flags: list[str], place: Workspace) -> list[str]:
         return [*flags, *SMALL_TRAINING, *where]
     if program == "reinflow-sweep":
         return sweep_in_small(flags)
+    if program == "reinflow-offline-rl" and "--dataset-root" not in flags:  # makes 300 episodes of its own otherwise
+        flags = [*flags, "--dataset-root", str(place.state_data)]
     if program == "examples/reacher.py":
         return [*flags, *IN_SMALL[program], "--output-dir", str(place.fresh())]
     quick = [] if program in IN_SMALL or not program.startswith("benchmarks/") or "--quick" in flags else ["--quick"]

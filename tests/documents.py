@@ -119,7 +119,7 @@ def of_markdown(path: Path) -> Iterator[Command]:
                 yield from commands_of(line, f"{name}:{first + number}", True)
     for number, line in joined(rest):
         if rest.splitlines()[number].startswith("    ") and PROGRAM.match(line):
-            yield from commands_of(re.split(r"\s{2,}", line)[0], f"{name}:{number + 1}", True)
+            yield from commands_of(re.split(r"\s{2,}(?![-\s])", line)[0], f"{name}:{number + 1}", True)
     for span in re.finditer(r"(?<!`)`([^`]+)`(?!`)", rest):
         if PROGRAM.match(code := " ".join(span[1].split())):
             yield from commands_of(code, f"{name}:{rest[: span.start()].count(chr(10)) + 1}", False)
@@ -131,7 +131,7 @@ def of_module(path: Path) -> Iterator[Command]:
     lines = doc.splitlines()
     for number, line in joined(doc):
         if lines[number].startswith("    ") and PROGRAM.match(line):
-            yield from commands_of(re.split(r"\s{2,}", line)[0], f"{name}:{number + 1}", True)
+            yield from commands_of(re.split(r"\s{2,}(?![-\s])", line)[0], f"{name}:{number + 1}", True)
 
 
 @cache
