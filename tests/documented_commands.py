@@ -245,8 +245,7 @@ def filled(command: Command, place: Workspace, building: bool = True) -> list[st
         elif command.program == "reinflow-sweep" and "--report" in flags and flag == "--output-dir" and building:
             out.append(str(place.sweep))
         elif resume and flag in ("--output-dir", "--checkpoint-path"):
-            trained = command.program == "train_reinflow.py" or not building
-            out.append(str(copy_of(place.run if trained else place.gym_data, place)))
+            out.append(str(copy_of(place.run, place)))
         else:
             out.append(replaced(command, flag, word, place, building))
     return out
@@ -396,6 +395,7 @@ IN_SMALL = {
     "reinflow-build": ["--smoke", "--num-threads", "1"],
     "reinflow-monitor": ["--once"],
     "benchmarks/plot_runs.py": [],
+    "reinflow-report": ["--films", "1"],
     "reinflow_so101.commands.film": ["--seeds", "10005"],
     "benchmarks/memory_plan.py": ["--rows", "2"],
     "examples/reacher.py": ["--episodes", "384"],

@@ -74,6 +74,7 @@ CANNOT: dict[str, Callable[[Command], bool]] = {
     "a model of the published size": lambda c: (
         "--size real" in c.text or "--policy smolvla" in c.text or c.program == "benchmarks/memory_plan.py"
     ),
+    "goes on with a stage that was cut off": lambda c: c.program == "reinflow-collect" and "--resume" in c.words,
     "compiles for minutes": lambda c: "--compile" in c.words,
     "asks every few seconds without end": lambda c: c.program == "reinflow-monitor" and "--once" not in c.words,
 }
