@@ -64,7 +64,7 @@ def test_healthy_runs_are_many_and_hold_what_the_rules_read():
     metrics = [set(json.loads(path.read_text())["metrics"]) for path in HEALTHY_RUNS]
     least = {
         "ppo/weights_moved": 8, "ppo/decision_kl": 8, "gradients/signal_share": 8,
-        "rollout/failure_return_median": 2, "eval/trained_share": 2,
+        "rollout/failure_return_median": 3, "eval/trained_share": 1,
     }  # fmt: skip
     for name, count in least.items():
         assert sum(name in names for names in metrics) >= count, name
