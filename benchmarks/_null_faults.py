@@ -202,18 +202,41 @@ class GroupsOfOneScene(MixedGroups):
 
 
 class Bf16Weights(Fault):
-    """Weights are kept in bf16: what a step changes less than half a digit is gone."""
+    """Weights are kept in bf16: what a step changes by less than half a digit is gone."""
 
     def enter(self, run: Run) -> None:
-        optimizer, parameters = run.learner.policy_optimizer, run.policy.policy_parameters()
+        self.parameters = run.policy.policy_parameters()
+        self.dot = self.intended = self.kept = 0.0
+        optimizer = run.learner.policy_optimizer
         step = optimizer.step
-        round_all(parameters)
+        round_all(self.parameters)
 
         def rounded_step(*args: Any, **kwargs: Any) -> None:
+            before = flat(self.parameters)
             step(*args, **kwargs)
-            round_all(parameters)
+            intended = flat(self.parameters) - before
+            round_all(self.parameters)
+            self.compare(intended, flat(self.parameters) - before)
 
         optimizer.step = rounded_step  # type: ignore[method-assign, assignment]
+
+    def compare(self, intended: Tensor, kept: Tensor) -> None:
+        """Add a step to the sums of this iteration."""
+        self.dot += float(intended @ kept)
+        self.intended += float(intended @ intended)
+        self.kept += float(kept @ kept)
+
+    def before_rollout(self, run: Run) -> None:
+        if self.intended and self.kept:
+            cosine = self.dot / (self.intended * self.kept) ** 0.5
+            length = (self.kept / self.intended) ** 0.5
+            print(f"bf16: cosine of the kept to the intended steps {cosine:.2f}, their length {length:.2f} of it")
+        self.dot = self.intended = self.kept = 0.0
+
+
+def flat(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """All weights as one vector."""
+    return torch.cat([p.detach().flatten() for p in parameters])
 
 
 @torch.no_grad()
