@@ -138,7 +138,7 @@ class Run:
         self.best_success = LEAST_SCORE  # or the best mean return, where that is the objective
         self.metrics: dict[str, float] = {}
         self.current: RolloutState
-        self.tracker: Tracker
+        self.tracker = Tracker([])  # nobody listens before it is opened
         self.doctor: Doctor
         self.wandb_id: str | None = None
         self.stop_requested = False
