@@ -39,7 +39,7 @@ class Advance(Protocol):
 def progress_bar(label: str, total: float, console: Console | None = None, done: float = 0.0) -> Iterator[Advance]:
     """Show how far something is while the ``with`` lasts.
 
-    On a terminal a bar that is gone afterwards, below another one that may be shown already; elsewhere a line every
+    On a terminal that can redraw a bar that is gone afterwards, below another one that may be shown already; elsewhere a line every
     LINE_EVERY_S seconds, so that what is short says nothing.
 
     Args:
@@ -52,7 +52,7 @@ def progress_bar(label: str, total: float, console: Console | None = None, done:
         What takes how many more are done.
     """
     console = console or rich.get_console()
-    if not console.is_terminal:
+    if not console.is_interactive:
         yield _lines(label, total, console, done)
         return
     columns = (
@@ -92,7 +92,7 @@ def tracked[Thing](things: Iterable[Thing], label: str, total: float | None = No
 def spinner(label: str, console: Console | None = None) -> Iterator[None]:
     """Say on a terminal that something of unknown length goes on, and for how long it has; nothing elsewhere."""
     console = console or rich.get_console()
-    if not console.is_terminal:
+    if not console.is_interactive:
         yield
         return
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()

@@ -89,7 +89,10 @@ class WandbSink(Sink):
                     finish_timeout_raises=False,
                 ),
             )
-        except wandb.Error as error:
+        except BaseException as error:
+            self._give_data_dir_back()
+            if not isinstance(error, wandb.Error):
+                raise
             raise TrackingError(
                 f"Weights & Biases did not start ({error}): log in with `wandb login`, write to disk with "
                 "--wandb-mode offline (then `wandb sync`), or turn it off with --no-wandb"
@@ -170,6 +173,9 @@ class WandbSink(Sink):
     def close(self, failed: bool) -> None:
         with spinner("Weights & Biases: sending what is left"):
             self._try(lambda: self.run.finish(exit_code=int(failed)))
+        self._give_data_dir_back()
+
+    def _give_data_dir_back(self) -> None:
         if self.moved:
             os.environ.pop(DATA_DIR, None)
 

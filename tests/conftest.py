@@ -7,6 +7,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ["TERM"] = "xterm"  # bars are tested on consoles of ours, whatever this one can do
 
 from pathlib import Path
 

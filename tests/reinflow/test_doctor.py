@@ -211,7 +211,7 @@ CRAFTED = {
         ),
         {},
     ),
-    "failing_pays": (added(rollout__failure_return_median=5.0), {}),
+    "failing_pays": (added(rollout__failure_return_median=5.0, reward__drop=-4.0), {}),
     "evaluated_on_training": (added(eval__trained_share=0.04), {}),
     "targets_beyond_value_clip": (override(critic__target_shift=-1.5), {}),
     "blind_critic": (override(ppo__explained_variance=lambda n: 0.02 * (-1) ** n), {}),
@@ -227,6 +227,12 @@ def test_rule_fires_alone(rule):
     (finding,) = diagnose(change(rows), config | settings, RULES)
     assert finding.rule == rule
     assert finding.evidence and finding.cause and "{" not in finding.remedy
+
+
+def test_a_skewed_shaping_return_is_no_penalty():
+    """Half of the failures earn more than the mean, but nothing takes anything away from whoever tries."""
+    rows, config = recorded("healthy")
+    assert diagnose(added(rollout__failure_return_median=5.0)(rows), config, RULES) == []
 
 
 def test_reward_without_success_names_the_term():

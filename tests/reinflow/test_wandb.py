@@ -35,6 +35,13 @@ def said(run_dir: Path, open_one: tracking.Tracker) -> str:
     return (run_dir.parent / "said").read_text()
 
 
+def test_what_did_not_start_leaves_the_environment_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    with pytest.raises(TrackingError, match="did not start"):
+        tracker(tmp_path / "run", wandb_project="a/b:c")
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
 def test_a_run_can_be_found_read_and_gone_on_with(tmp_path):
     run_dir = tmp_path / "17-30_tiny"
     tags, notes = ["tiny", "lift", "x" * 80, ""], "go on with: train --resume --output-dir here"
