@@ -212,13 +212,14 @@ class EvalResult:
             table.add_row(str(row.seed), mark, f"{row.return_:.2f}", str(row.length), *extras)
         return table
 
+    def outcome_counts(self, failures_only: bool = False) -> dict[str, int]:
+        """How many of the episodes ended with which outcome, in the environment's order; {} where it tells none."""
+        counts = Counter(row.outcome for row in self.episodes if row.outcome and not (failures_only and row.success))
+        return {name: counts[name] for name in dict.fromkeys([*self.outcomes, *counts]) if counts[name]}
+
     def failures(self) -> dict[str, int]:
-        """How many of the failed episodes ended with which outcome, in the environment's order; {} where it tells
-        none."""
-        counts = Counter(row.outcome for row in self.episodes if not row.success and row.outcome)
-        return {
-            name: counts[name] for name in [*self.outcomes, *(counts.keys() - self.outcomes.keys())] if counts[name]
-        }
+        """The outcomes of the failed episodes alone."""
+        return self.outcome_counts(failures_only=True)
 
     def failure_table(self) -> Table:
         """A rich table of how the failed episodes ended: count, share of all episodes, explanation."""
