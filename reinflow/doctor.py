@@ -231,8 +231,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         symptoms.failing_pays,
         f"`rollout/failure_return_median` above `rollout/return_mean` by {AGAINST_SIGMAS:.0f} standard errors (3 to "
-        f"{RECENT} iterations), though some episodes succeed, and a negative reward term makes up {PENALTY_SHARE:.0%} of "
-        "that",
+        f"{RECENT} iterations), though some episodes succeed, and a negative reward term makes up {PENALTY_SHARE:.0%} "
+        "of that",
         "a penalty makes trying cost more than it earns: whoever fails safely is paid better than the policy is on "
         "average, and so it learns not to try",
         "lower the penalty (reward/{term}) until a failed try costs little beside what a success pays, or leave it out "

@@ -39,8 +39,8 @@ class Advance(Protocol):
 def progress_bar(label: str, total: float, console: Console | None = None, done: float = 0.0) -> Iterator[Advance]:
     """Show how far something is while the ``with`` lasts.
 
-    On a terminal that can redraw a bar that is gone afterwards, below another one that may be shown already; elsewhere a line every
-    LINE_EVERY_S seconds, so that what is short says nothing.
+    On a terminal that can redraw a bar that is gone afterwards, below another one that may be shown already; elsewhere
+    a line every LINE_EVERY_S seconds, so that what is short says nothing.
 
     Args:
         label: what is counted, e.g. "evaluation, episodes".
