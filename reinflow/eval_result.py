@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist, fmean, stdev
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from reinflow.env import Extra
@@ -32,6 +33,16 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
     half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
     # The ends are exactly 0 and 1 there; rounding must not say otherwise.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Of the finite ones; NaN where none is."""
+    finite = _finite(values)
+    return fmean(finite) if finite else math.nan
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class EvalResult:
     @property
     def return_error(self) -> float:
         """Standard error of the mean return; 0 of a single episode."""
-        returns = [row.return_ for row in self.episodes]
+        returns = _finite(row.return_ for row in self.episodes)
         return stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else 0.0
 
     @property
@@ -97,7 +108,13 @@ class EvalResult:
 
     @property
     def return_mean(self) -> float:
-        return fmean(row.return_ for row in self.episodes)
+        """Of the episodes whose return is finite; that of a simulation that broke down may be none. NaN without one."""
+        return _mean(row.return_ for row in self.episodes)
+
+    @property
+    def left_out(self) -> int:
+        """Episodes without a finite return, which its mean and error leave out."""
+        return sum(not math.isfinite(row.return_) for row in self.episodes)
 
     @property
     def length_mean(self) -> float:
@@ -105,7 +122,7 @@ class EvalResult:
 
     def extra_mean(self, name: str) -> float:
         """Mean of one of the environment's extras."""
-        return fmean(row.extras[name] for row in self.episodes)
+        return _mean(row.extras[name] for row in self.episodes)
 
     def metrics(self) -> dict[str, float]:
         """By the names of reinflow.metrics."""
@@ -127,6 +144,7 @@ class EvalResult:
         low, high = self.interval
         lost = self.broken_seeds
         broken = f", {len(lost)} failed by unstable physics (first seed {lost[0]})" if lost else ""
+        broken += f", {self.left_out} without a finite return, left out of its mean" if self.left_out else ""
         extras = "".join(f"{extra.template.format(self.extra_mean(name))}, " for name, extra in self.extras.items())
         if self.objective == "return":
             return (
@@ -153,7 +171,7 @@ class EvalResult:
         max_rewards = [row.max_reward for row in self.episodes]
         aggregates = {
             "avg_sum_reward": self.return_mean,
-            "avg_max_reward": fmean(max_rewards),
+            "avg_max_reward": _mean(max_rewards),
             "pc_success": 100 * self.success_rate,
             "n_episodes": n,
             "video_paths": list(self.video_paths),
@@ -205,7 +223,7 @@ class EvalResult:
     def table(self) -> Table:
         """A rich table with a row per episode."""
         names = [extra.key(name).replace("_", " ") for name, extra in self.extras.items()]
-        table = Table("seed", "success", "return", "length", *names, title="episodes")
+        table = Table("seed", "success", "return", "length", *map(escape, names), title="episodes")
         for row in self.episodes:
             mark = "[green]yes[/]" if row.success else "no"
             extras = (f"{row.extras[name]:.3g}" for name in self.extras)
@@ -228,7 +246,7 @@ class EvalResult:
         table = Table("failure", "episodes", "share", "what it is", title=f"{failed} of {len(self.episodes)} failed")
         for name, count in counts.items():
             share = f"{100 * count / len(self.episodes):.1f} %"
-            table.add_row(name.replace("_", " "), str(count), share, self.outcomes.get(name, ""))
+            table.add_row(escape(name.replace("_", " ")), str(count), share, escape(self.outcomes.get(name, "")))
         return table
 
     def pace(self, control_hz: float) -> str:
@@ -251,6 +269,6 @@ class EvalResult:
         """The summary and how the failures ended; a row per episode where they are few."""
         if len(self.episodes) <= MOST_ROWS_SHOWN:
             console.print(self.table())
-        console.print(self.summary(), highlight=False, soft_wrap=True)
+        console.print(self.summary(), highlight=False, markup=False, soft_wrap=True)
         if self.failures():
             console.print(self.failure_table())

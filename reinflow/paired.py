@@ -116,11 +116,12 @@ class PairedReturns:
     """Returns of policies A and B on the same seeds; for tasks whose objective is the return."""
 
     differences: tuple[float, ...]  # B - A, by seed
+    left_out: int = 0  # pairs in which a return is not finite, as the simulation broke down
 
     @property
     def difference(self) -> float:
-        """Mean of the differences."""
-        return fmean(self.differences)
+        """Mean of the differences; NaN where no pair is left."""
+        return fmean(self.differences) if self.differences else math.nan
 
     @property
     def _error(self) -> float:
@@ -133,18 +134,21 @@ class PairedReturns:
         return self.difference - half, self.difference + half
 
     @property
-    def p_value(self) -> float:
-        """Two-sided, of the paired t test; 1 where the differences do not vary, which tests nothing."""
+    def p_value(self) -> float | None:
+        """Two-sided, of the paired t test; 1 where no seed differs, None where all differ alike: without a spread
+        nothing is tested."""
         if not self._error:
-            return 1.0
+            return None if self.difference else 1.0
         return float(2 * student.sf(abs(self.difference) / self._error, len(self.differences) - 1))
 
     def summary(self, name_a: str, name_b: str) -> str:
         """One line."""
         low, high = self.interval
+        out = f"; {self.left_out} more without a finite return are left out" if self.left_out else ""
+        tested = f", 95 % interval {low:+.1f} to {high:+.1f}" if self.p_value is not None else ""
         return (
             f"{name_b} against {name_a} on the same {len(self.differences)} seeds: mean difference of the returns "
-            f"{self.difference:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}, p {say_p(self.p_value)} (paired t)"
+            f"{self.difference:+.1f}{tested}, p {say_p(self.p_value)} (paired t){out}"
         )
 
 
@@ -162,8 +166,10 @@ def compare(a: Sequence[EpisodeRow], b: Sequence[EpisodeRow]) -> Paired:
 
 
 def compare_returns(a: Sequence[EpisodeRow], b: Sequence[EpisodeRow]) -> PairedReturns:
-    """As ``compare``, by the episodes' returns."""
-    return PairedReturns(tuple(other.return_ - one.return_ for one, other in _pairs(a, b)))
+    """As ``compare``, by the episodes' returns; pairs without two finite ones are left out and counted."""
+    differences = [other.return_ - one.return_ for one, other in _pairs(a, b)]
+    finite = tuple(difference for difference in differences if math.isfinite(difference))
+    return PairedReturns(finite, len(differences) - len(finite))
 
 
 def compare_results(a: EvalResult, b: EvalResult) -> Paired | PairedReturns:
@@ -221,8 +227,10 @@ def smallest_difference(episodes: int, discordant: float, power: float = POWER, 
     return float(brentq(lambda d: math.log(episodes_needed(d, discordant, power, alpha) / episodes), 1e-9, discordant))
 
 
-def say_p(p: float) -> str:
-    """A p-value for a line of text."""
+def say_p(p: float | None) -> str:
+    """A p-value for a line of text, behind "p"."""
+    if p is None:
+        return "not tested, all differences are equal"
     return "< .0001" if p < 1e-4 else f"= {p:.4f}".replace("0.", ".") if p < 1 else "= 1"
 
 

@@ -1,7 +1,8 @@
 """Where a policy fails: success by region of the start, from the facts that an environment tells of it.
 
 The first two start facts span a map, which is cut into cells of about as many episodes each; every further one is cut
-into strips. Cells that hold too few episodes say nothing and are not made.
+into strips, and so are the first two where there are too few episodes for a map. Cells that hold too few episodes say
+nothing and are not made.
 """
 
 from __future__ import annotations
@@ -50,29 +51,28 @@ class Region:
 
 
 def success_by_region(result: EvalResult) -> list[Region]:
-    """Cells of the map, row by row, then strips of each further start fact; [] where nothing varies or is told."""
+    """Cells of the map, row by row, then strips of each start fact that is on none; [] where nothing varies or is
+    told."""
     rows = [row for row in result.episodes if all(name in row.facts for name in result.start_facts)]
     names = [name for name in result.start_facts if len({row.facts[name] for row in rows}) > 1]
     on_map = [name for name in result.start_facts[:2] if name in names]
-    parts = min(MOST_PARTS, math.isqrt(len(rows) // LEAST_EPISODES)) if len(on_map) == 2 else _strips(rows)
-    regions = _cells(rows, on_map, parts) if on_map else []
-    for name in names:
-        if name not in on_map:
-            regions += _cells(rows, [name], _strips(rows))
+    parts = min(MOST_PARTS, math.isqrt(len(rows) // LEAST_EPISODES)) if len(on_map) == 2 else 0
+    regions = _cells(rows, on_map, parts)
+    in_strips = [name for name in names if name not in on_map] if regions else names
+    for name in in_strips:
+        regions += _cells(rows, [name], min(MOST_PARTS, len(rows) // LEAST_EPISODES))
     return regions
 
 
 def worst_region(result: EvalResult) -> Region | None:
-    """The region that is surely bad rather than unlucky: the one whose interval ends lowest. None without two regions.
+    """The region that is surely bad rather than unlucky: the one whose interval ends lowest. None without two regions,
+    or where nothing failed in it.
 
     It is the worst of several and was chosen by what happened in it, so it looks worse than it is.
     """
     regions = success_by_region(result)
-    return min(regions, key=lambda region: region.interval[1]) if len(regions) > 1 else None
-
-
-def _strips(rows: Sequence[EpisodeRow]) -> int:
-    return min(MOST_PARTS, len(rows) // LEAST_EPISODES)
+    worst = min(regions, key=lambda region: region.interval[1]) if len(regions) > 1 else None
+    return worst if worst and worst.rate < 1 else None
 
 
 def _cells(rows: Sequence[EpisodeRow], names: Sequence[str], parts: int) -> list[Region]:

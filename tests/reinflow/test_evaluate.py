@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -267,6 +268,32 @@ def test_many_episodes_are_told_by_how_they_failed():
     )
     assert "103" not in shown  # no seed's row
     assert result_of_four().failures() == {}
+
+
+def test_returns_that_are_not_finite_are_left_out_of_the_mean_and_counted(tmp_path):
+    """A simulation that broke down may leave NaN as its return and its greatest reward."""
+    rows = [EpisodeRow(i, False, r, 5, m) for i, (r, m) in enumerate([(1.0, 1.0), (math.nan, math.nan), (3.0, 2.0)])]
+    result = EvalResult(tuple(rows), 1.0, broken_seeds=(1,), objective="return")
+    assert result.return_mean == 2 and result.return_error == pytest.approx(1.0) and result.left_out == 1
+    assert result.score == 2 and result.summary().startswith("return 2.0 +- 2.0")
+    assert result.summary().endswith("1 without a finite return, left out of its mean")
+    info = result.to_lerobot_info("x")
+    assert (info["overall"]["avg_sum_reward"], info["overall"]["avg_max_reward"]) == (2, 1.5)
+    assert read_eval_info(write_eval_info(tmp_path / "e.json", info)).return_mean == 2
+    lost = EvalResult(tuple(rows[1:2]), 1.0, broken_seeds=(1,), objective="return")
+    assert math.isnan(lost.return_mean) and lost.return_error == 0 and "return nan" in lost.summary()
+
+
+def test_markup_in_an_environments_words_is_shown_as_it_is():
+    named = {"x[/a]": "[bold]/p", "[red]": "y[/]"}
+    rows = tuple(EpisodeRow(i, False, 0.0, 1, 0.0, {"[/b]": 1.0}, outcome) for i, outcome in enumerate(named))
+    result, console = (
+        EvalResult(rows, 1.0, {"[/b]": Extra("", "[/b] {:.1f}")}, outcomes=named),
+        Console(file=io.StringIO(), width=200),
+    )
+    result.print(console)
+    for word in ("x[/a]", "[bold]/p", "[red]", "y[/]", "[/b] 1.0"):
+        assert word in console.file.getvalue()
 
 
 def test_pace_by_hand():

@@ -129,6 +129,25 @@ def test_returns_are_compared_by_pairs_too():
     assert same.interval == (0, 0) and same.p_value == 1
 
 
+def test_equal_differences_are_not_tested():
+    paired = compare_returns(rows_of([1] * 3, returns=[1, 2, 3]), rows_of([1] * 3, returns=[3, 4, 5]))
+    assert paired.difference == 2 and paired.p_value is None
+    assert paired.summary("a", "b").endswith("returns +2.0, p not tested, all differences are equal (paired t)")
+
+
+def test_returns_that_are_not_finite_are_left_out_and_counted():
+    nan, inf = math.nan, math.inf
+    before = rows_of([1] * 6, returns=[1, 2, 3, nan, 5, inf])
+    after = rows_of([1] * 6, returns=[3, 3, 6, 8, -inf, inf])
+    paired = compare_returns(before, after)
+    assert paired.differences == (2, 1, 3) and paired.left_out == 3 and 0 < paired.p_value < 1
+    assert "same 3 seeds" in paired.summary("a", "b")
+    assert paired.summary("a", "b").endswith("; 3 more without a finite return are left out")
+    nothing = compare_returns(before[3:4], after[3:4])
+    assert math.isnan(nothing.difference) and nothing.p_value is None
+    assert "mean difference of the returns +nan, p not tested" in nothing.summary("a", "b")
+
+
 def test_the_change_since_a_file(tmp_path):
     def result(successes, objective="success"):
         return EvalResult(tuple(rows_of(successes)), 1.0, objective=objective)

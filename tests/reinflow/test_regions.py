@@ -48,6 +48,22 @@ def test_a_few_unlucky_episodes_are_no_region():
     assert all(r.episodes >= LEAST_EPISODES for r in regions)
 
 
+def test_where_nothing_fails_no_region_is_the_worst():
+    assert worst_region(result_of(200, lambda _: True)) is None
+    assert len(success_by_region(result_of(200, lambda _: True))) > 1
+    fails = result_of(200, lambda start: start["turn"] < 0.9)
+    assert worst_region(fails).rate < 1
+
+
+def test_too_few_episodes_for_a_map_are_cut_into_strips():
+    for n, strips in ((2 * LEAST_EPISODES, 2), (4 * LEAST_EPISODES - 1, 3)):
+        result = result_of(n, lambda start: start["north"] < 0.5)
+        regions = success_by_region(result)
+        assert [set(r.bounds) for r in regions] == [{name} for name in FACTS for _ in range(strips)]
+        assert set(worst_region(result).bounds) == {"north"}
+    assert {len(r.bounds) for r in success_by_region(result_of(4 * LEAST_EPISODES, lambda _: True))} == {1, 2}
+
+
 def test_what_does_not_vary_is_no_region():
     fixed = result_of(200, lambda _: True, east=0.0, north=0.3)
     assert {name for r in success_by_region(fixed) for name in r.bounds} == {"turn"}
