@@ -448,14 +448,15 @@ def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -
     from reinflow.evaluate import write_eval_info
     from reinflow.paired import change_since
     from reinflow_so101.policy_card import TASK_GROUP
-    from reinflow_so101.report.after import write_page
+    from reinflow_so101.report.after import played_policy, write_page
 
     if config.report_episodes == 0 or run.stop_requested or (when == "before" and run.iteration > 0):
         return
     if when == "after":
         run.load_best()
     if result := play(run, config, config.report_seed, config.report_episodes):
-        write_eval_info(run.run_dir / f"eval_{when}.json", result.to_lerobot_info(config.env_id or TASK_GROUP))
+        info = result.to_lerobot_info(config.env_id or TASK_GROUP) | {"policy": played_policy(run, when)}
+        write_eval_info(run.run_dir / f"eval_{when}.json", info)
         run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
         if when == "after" and (change := change_since(run.run_dir / "eval_before.json", result)):
             run.tracker.message(change)

@@ -33,7 +33,7 @@ from reinflow.policy import FlowPolicy
 from reinflow.progress import progress_bar, spinner
 from reinflow.rollout import RolloutState
 from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
-from reinflow.set_aside import set_aside
+from reinflow.set_aside import set_aside, set_results_aside
 from reinflow.settings import CONFIG_FILE, check_same_settings, read_config, refuse_existing_run
 from reinflow.tracking import Counted, Tracker, WandbMode, open_tracker
 from reinflow.training_state import CheckpointError, refuse_not_finite, rng_state, set_rng_state
@@ -112,6 +112,7 @@ class Run:
         start_weights: str = "",
         resume_command: str = "",
         tags: Sequence[str] = (),
+        results: Sequence[str] = (),
     ) -> None:
         """Put a run together; nothing is written yet.
 
@@ -128,11 +129,12 @@ class Run:
             start_weights: sha256 of the weights that the run starts from, kept in every checkpoint.
             resume_command: what continues the run, said after a stop.
             tags: what Weights & Biases finds the run by.
+            results: what the run's directory holds of its end, set aside when training goes on after it.
         """
         self.run_dir, self.policy, self.env, self.learner = run_dir, policy, env, learner
         self.settings, self.config, self.rules, self.changeable = settings, dict(config), rules, changeable
         self.policy_card, self.resume_command = dict(policy_card or {}), resume_command
-        self.start_weights, self.tags = start_weights, tuple(tags)
+        self.start_weights, self.tags, self.results = start_weights, tuple(tags), tuple(results)
         self.seeds = settings.training_seeds
         self.iteration = self.episodes = self.timesteps = 0
         self.best_success = LEAST_SCORE  # or the best mean return, where that is the objective
@@ -141,7 +143,7 @@ class Run:
         self.tracker = Tracker([])  # nobody listens before it is opened
         self.doctor: Doctor
         self.wandb_id: str | None = None
-        self.stop_requested = False
+        self.stop_requested = self.saved_at_end = False
         self.fault = ""  # why the run cannot go on, once it has shown so FAULTS_IN_A_ROW times in a row
         self._faults: dict[str, int] = {}
         self._saved_at = self._logged_at = self._heard = self._saved_iteration = 0
@@ -285,7 +287,9 @@ class Run:
             raise KeyboardInterrupt
         self.stop_requested = True
         name = signal.Signals(number).name
-        self.tracker.message(f"{name}: saving after this iteration (once more to stop at once)")
+        over, training = "the policy is saved, the report is being stopped", "saving after this iteration"
+        what = over if self.saved_at_end else training
+        self.tracker.message(f"{name}: {what} (once more to stop at once)")
 
     def unless_stopped(self, act: Act) -> Act:
         """``act`` for an evaluation, which a signal then ends with EvaluationStopped."""
@@ -304,6 +308,8 @@ class Run:
         started, minutes = time.monotonic(), self.settings.max_minutes
         while self.progress < 1 and not self.stop_requested and not self.fault:
             self._iteration_start = time.perf_counter()
+            if aside := set_results_aside(self.run_dir, self.results):
+                self.tracker.message(f"the results before training went on are kept in {aside}")
             self.iteration += 1
             self.metrics = {}
             yield self.iteration
@@ -459,15 +465,20 @@ class Run:
             self._log_interval()
         if self._saved_at < self.episodes or self._saved_iteration < self.iteration:
             self.save()
+        self.saved_at_end = True
         if self.fault:
             raise RunError(f"stopped after iteration {self.iteration}, which is saved: {self.fault}")
         if self.stop_requested:
             self.tracker.message(f"stopped at {self.done} {self.counted}; go on with: {self.resume_command}")
         else:
-            best = self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST
-            kept = best if best.exists() else best.with_name(checkpoint.LAST)
-            where = kept / checkpoint.PRETRAINED
+            where = self.kept / checkpoint.PRETRAINED
             self.tracker.message(f"finished {self.done} {self.counted}; the policy is in {where}")
+
+    @property
+    def kept(self) -> Path:
+        """The checkpoint that the run is for: the best one, else the last."""
+        best = self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST
+        return best if best.exists() else best.with_name(checkpoint.LAST)
 
     def load_best(self) -> None:
         """Give the policy the weights of the best checkpoint, if there is one."""

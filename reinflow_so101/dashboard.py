@@ -3,7 +3,6 @@ films of the same seeds before and after, and at the end the policy and the page
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -60,11 +59,9 @@ def regions(result: EvalResult) -> Table:
 
 def outcomes(result: EvalResult) -> Table:
     """How often episodes ended in which way, in the environment's order."""
-    counted = Counter(row.outcome for row in result.episodes)
     rows: list[list[object]] = [
-        [name, counted[name], counted[name] / len(result.episodes), explanation]
-        for name, explanation in result.outcomes.items()
-        if counted[name]
+        [name, count, count / len(result.episodes), result.outcomes.get(name, "")]
+        for name, count in result.outcome_counts().items()
     ]
     return ["outcome", "episodes", "share", "what it is"], rows
 
@@ -72,13 +69,13 @@ def outcomes(result: EvalResult) -> Table:
 def seeds_to_film(run_dir: Path, most: int) -> list[int]:
     """The seeds that are shown before and after, failures of the starting policy first; [] without its evaluation."""
     from reinflow.evaluate import EvalInfoError, read_eval_info
+    from reinflow_so101.report.episodes import choose, kinds_of
 
     try:
         before = read_eval_info(run_dir / "eval_before.json")
     except EvalInfoError:
         return []
-    failed = [row.seed for row in before.episodes if not row.success][: max(1, most - 1)]
-    return [*failed, *(row.seed for row in before.episodes if row.success)][:most]
+    return list(choose(kinds_of(before), most))
 
 
 def show_film(run: Run, config: FlatConfig, name: str, seeds: Sequence[int]) -> None:
@@ -105,12 +102,11 @@ def show_film(run: Run, config: FlatConfig, name: str, seeds: Sequence[int]) -> 
 
 def keep_results(run: Run) -> None:
     """The policy that a finished training is for, and its page, if there is one, as artefacts."""
-    from reinflow.checkpoint import BEST, CHECKPOINTS, LAST, PRETRAINED
+    from reinflow.checkpoint import PRETRAINED
 
-    if run.stop_requested:  # it will go on
+    if run.progress < 1:  # it will go on
         return
-    checkpoints, page = run.run_dir / CHECKPOINTS, run.run_dir / REPORT_FILE
-    kept = checkpoints / BEST if (checkpoints / BEST).exists() else checkpoints / LAST
-    run.tracker.artifact(kept / PRETRAINED, "policy", "model")
+    page = run.run_dir / REPORT_FILE
+    run.tracker.artifact(run.kept / PRETRAINED, "policy", "model")
     if page.is_file():
         run.tracker.artifact(page, "report", "report")

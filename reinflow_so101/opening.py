@@ -207,6 +207,7 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
     from reinflow_so101.doctor_rules import RULES
     from reinflow_so101.manifest import manifest
     from reinflow_so101.policies import build_policy
+    from reinflow_so101.report.after import RESULTS
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -228,7 +229,7 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
         rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=world_card(config.world()),
         start_weights=start.weights if start else "",
         resume_command=f"{this_command('reinflow-train')} --resume --output-dir {run_dir}",
-        tags=(config.preset, config.env_id or nearest_task(config.env()), config.model_type),
+        tags=(config.preset, config.env_id or nearest_task(config.env()), config.model_type), results=RESULTS,
     )  # fmt: skip
     return config, run
 

@@ -23,6 +23,7 @@ Frame = NDArray[np.uint8]  # (H, W, 3)
 CONTROL_STEPS_PER_FRAME = 2  # 25 frames a second at 50 Hz
 HOLD_S = 1.0  # the last frame stays, for its outcome to be read
 SIZE = 480  # pixels, height of a film and width of its scene
+WIDEST = SIZE + SIZE // 2  # pixels, with what the policy sees
 SAMPLES = 4  # per pixel: jagged edges distract from a block of 30 pixels; four times the time of one
 # From ahead of the arm's right: it hides the block on no side, blocks of every task are in view, and so is no horizon.
 VIEW = {"lookat": (0.045, 0.14, 0.09), "azimuth": 218.0, "elevation": -36.0, "distance": 0.63}

@@ -22,10 +22,11 @@ import tyro
 from reinflow import ConfigError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow.settings import Range, check_ranges
-from so101_sim.film import Film, side_by_side, stack
+from so101_sim.film import SIZE, WIDEST, Film, side_by_side, stack
 
 FORMATS = (".mp4", ".gif")
 GIF_FRAMES = 2  # of the film's, every second one
+MOST_PIXELS = 16_384  # of an mp4's height and width, libx264's limit
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ def check_config(config: FilmConfig) -> None:
         raise ConfigError(f"seeds={config.seeds}: give numbers of at least 0")
     if Path(config.output).suffix not in FORMATS:
         raise ConfigError(f"output={config.output} is no film: end it in {' or '.join(FORMATS)}")
+    if Path(config.output).suffix == ".mp4":
+        for name, given, pixels in (("seeds", config.seeds, SIZE), ("policies", config.policies, WIDEST)):
+            if len(given) > (most := MOST_PIXELS // pixels):
+                raise ConfigError(
+                    f"{name}: {len(given)} of {pixels} pixels each are more than an mp4 holds ({MOST_PIXELS:,}): name "
+                    f"at most {most}, or write a .gif"
+                )
 
 
 def make_film(config: FilmConfig) -> Path:

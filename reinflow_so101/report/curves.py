@@ -93,7 +93,7 @@ def _reports(run: RunFiles, shade: str, by_return: bool) -> list[Trace]:
     """The evaluations before and after, as points with their intervals."""
     points = [(0.0, run.before, "before")] if run.before else []
     if run.after:
-        iteration = run.final_iteration
+        iteration = run.after_iteration
         last = run.rows[-1]["progress/iteration"] if run.rows else 0
         points.append((run.x_at((last or 0) if iteration is None else iteration), run.after, "after"))
     traces = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from reinflow.env import Extra
-from reinflow.evaluate import EpisodeRow, EvalResult, wilson_interval
+from reinflow.evaluate import EvalResult
+from reinflow.paired import PairError, compare
+from reinflow.regions import Region
 from reinflow_so101.report.charts import Chart, Trace, number
 
 EPISODES_PER_CELL = 16  # on average, so that a cell's share means something
@@ -24,40 +25,42 @@ MAP_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One seed before and after training."""
+Axes = Mapping[str, Sequence[float]]
+"""Fact -> the ends of its bins, from left to right; a second one goes upwards."""
 
-    before: EpisodeRow
-    after: EpisodeRow
-
-    @property
-    def kind(self) -> str:
-        """What became of it."""
-        return {
-            (False, False): "still failing", (True, False): "lost", (False, True): "won", (True, True): "kept",
-        }[self.before.success, self.after.success]  # fmt: skip
+KINDS = ("still failing", "lost", "won", "kept", "fails", "succeeds")
 
 
-KINDS = ("still failing", "lost", "won", "kept")
+def kind_of(before: bool | None, after: bool) -> str:
+    """What became of a seed, by its successes; ``before`` None where one policy alone played it."""
+    return {
+        (False, False): "still failing", (True, False): "lost", (False, True): "won", (True, True): "kept",
+        (None, False): "fails", (None, True): "succeeds",
+    }[before, after]  # fmt: skip
 
 
-def pairs_of(before: EvalResult, after: EvalResult) -> list[Pair]:
-    """The seeds of both, in their order."""
-    played = {row.seed: row for row in before.episodes}
-    return [Pair(played[row.seed], row) for row in after.episodes if row.seed in played]
+def kinds_of(before: EvalResult, after: EvalResult | None = None) -> dict[int, str]:
+    """Seed -> what became of it, of one evaluation or of two on the same seeds; {} where their seeds differ."""
+    if after is None:
+        return {row.seed: kind_of(None, row.success) for row in before.episodes}
+    try:
+        paired = compare(before.episodes, after.episodes)
+    except PairError:
+        return {}
+    changed = set(paired.lost) | set(paired.won)
+    return {row.seed: kind_of(row.success ^ (row.seed in changed), row.success) for row in after.episodes}
 
 
-def choose(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """At most so many, failures first, with one of every kind that there is as long as there is room."""
-    by_kind = {kind: [pair for pair in pairs if pair.kind == kind] for kind in KINDS}
-    kinds = [kind for kind in KINDS if by_kind[kind]][:most]
-    left = most - len(kinds)
-    chosen: list[Pair] = []
-    for kind in kinds:
+def choose(kinds: Mapping[int, str], most: int) -> dict[int, str]:
+    """At most so many seeds, failures first, with one of every kind that there is as long as there is room."""
+    by_kind = {kind: [seed for seed, its in kinds.items() if its == kind] for kind in KINDS}
+    present = [kind for kind in KINDS if by_kind[kind]][:most]
+    left = most - len(present)
+    chosen: dict[int, str] = {}
+    for kind in present:
         extra = min(left, len(by_kind[kind]) - 1)
         left -= extra
-        chosen += by_kind[kind][: 1 + extra]
+        chosen |= dict.fromkeys(by_kind[kind][: 1 + extra], kind)
     return chosen
 
 
@@ -82,27 +85,40 @@ def place_in(value: float, edges: Sequence[float]) -> int:
     return min(max(inside, 0), len(edges) - 2)
 
 
-def success_chart_data(result: EvalResult, names: tuple[str, str], edges: Sequence[Sequence[float]]) -> Trace:
-    """A heat map of success over two facts."""
-    across, up = (len(ends) - 1 for ends in edges)
-    tries, wins = np.zeros((up, across), int), np.zeros((up, across), int)
+def cells_of(result: EvalResult, axes: Axes) -> dict[tuple[int, ...], Region]:
+    """The drawn cells that hold episodes, by their place along each axis."""
+    held: dict[tuple[int, ...], list[bool]] = {}
     for row in result.episodes:
-        cell = place_in(row.facts[names[1]], edges[1]), place_in(row.facts[names[0]], edges[0])
-        tries[cell] += 1
-        wins[cell] += row.success
-    share: list[list[float | None]] = [
-        [number(100 * w / t) if t else None for w, t in zip(*rows, strict=True)]
-        for rows in zip(wins, tries, strict=True)
-    ]
-    text = [[f"{w}/{t}" if t else "" for w, t in zip(*rows, strict=True)] for rows in zip(wins, tries, strict=True)]
+        held.setdefault(tuple(place_in(row.facts[name], ends) for name, ends in axes.items()), []).append(row.success)
+    return {
+        place: Region(
+            {name: (ends[at], ends[at + 1]) for (name, ends), at in zip(axes.items(), place, strict=True)},
+            sum(successes),
+            len(successes),
+        )
+        for place, successes in held.items()
+    }
+
+
+def success_chart_data(result: EvalResult, axes: Axes) -> Trace:
+    """A heat map of success over two facts."""
+    cells, edges = cells_of(result, axes), list(axes.values())
+    across, up = (len(ends) - 1 for ends in edges)
+    table = [[cells.get((i, j)) for i in range(across)] for j in range(up)]
     spans = [[f"{a:.3g} to {b:.3g}" for a, b in pairwise(ends)] for ends in edges]
     return {
-        "type": "heatmap", "x": _middles(edges[0]), "y": _middles(edges[1]), "z": share, "text": text, "zmin": 0,
-        "zmax": 100, "texttemplate": "%{text}", "colorscale": "Cividis", "xgap": 2, "ygap": 2,
+        "type": "heatmap", "x": _middles(edges[0]), "y": _middles(edges[1]), "zmin": 0, "zmax": 100,
+        "z": [[number(100 * cell.rate) if cell else None for cell in row] for row in table],
+        "text": [[_counts(cell) for cell in row] for row in table],
+        "texttemplate": "%{text}", "colorscale": "Cividis", "xgap": 2, "ygap": 2,
         "customdata": [[[spans[0][i], spans[1][j]] for i in range(across)] for j in range(up)],
         "hovertemplate": "%{customdata[0]} by %{customdata[1]}<br>%{z:.0f} % (%{text})<extra></extra>",
         "colorbar": {"title": {"text": "%"}, "thickness": 12, "len": 0.9},
     }  # fmt: skip
+
+
+def _counts(cell: Region | None) -> str:
+    return f"{cell.successes}/{cell.episodes}" if cell else ""
 
 
 def _middles(edges: Sequence[float]) -> list[float | None]:
@@ -111,6 +127,30 @@ def _middles(edges: Sequence[float]) -> list[float | None]:
 
 def _explained(result: EvalResult, names: Sequence[str]) -> bool:
     return len(names) > 0 and all(name in row.facts for row in result.episodes for name in names)
+
+
+def drawn_axes(results: Mapping[str, EvalResult]) -> list[Axes]:
+    """What success is drawn over: a map of the first two facts of the start, and each further one for itself; [] where
+    the evaluations do not tell them. Facts that are the same in every episode are left out."""
+    names = next(iter(results.values())).start_facts
+    if not all(_explained(result, names) for result in results.values()):
+        return []
+    pooled = {name: [row.facts[name] for result in results.values() for row in result.episodes] for name in names}
+    episodes = min(len(result.episodes) for result in results.values())
+    bins = min(max(round(math.sqrt(episodes / EPISODES_PER_CELL)), FEWEST_BINS), MOST_BINS)
+    ends = {name: edges for name, values in pooled.items() if (edges := edges_of(values, bins))}
+    on_map = names[:2] if len(names) > 1 and set(names[:2]) <= ends.keys() else ()
+    groups = [on_map] if on_map else []
+    groups += [(name,) for name in names if name in ends and name not in on_map]
+    return [{name: ends[name] for name in group} for group in groups]
+
+
+def worst_drawn(results: Mapping[str, EvalResult], when: str) -> Region | None:
+    """The drawn cell that is surely bad rather than unlucky, as reinflow.regions chooses it: its interval ends lowest.
+    None without two cells, or where nothing fails."""
+    cells = [cell for axes in drawn_axes(results) for cell in cells_of(results[when], axes).values()]
+    worst = min(cells, key=lambda cell: cell.interval[1]) if len(cells) > 1 else None
+    return worst if worst and worst.rate < 1 else None
 
 
 def map_charts(place: int, results: Mapping[str, EvalResult]) -> tuple[list[Chart], str]:
@@ -124,46 +164,43 @@ def map_charts(place: int, results: Mapping[str, EvalResult]) -> tuple[list[Char
         The charts, and what is missing, if anything is.
     """
     first = next(iter(results.values()))
-    names = first.start_facts
-    if not names or not all(_explained(result, names) for result in results.values()):
+    if not all(_explained(result, first.start_facts) for result in results.values()):
         return [], "the evaluations do not say where their episodes started"
-    pooled = {name: [row.facts[name] for result in results.values() for row in result.episodes] for name in names}
-    episodes = min(len(result.episodes) for result in results.values())
-    bins = min(max(round(math.sqrt(episodes / EPISODES_PER_CELL)), FEWEST_BINS), MOST_BINS)
-    ends = {name: edges for name, values in pooled.items() if (edges := edges_of(values, bins))}
     charts: list[Chart] = []
-    if len(names) > 1 and set(names[:2]) <= ends.keys():
-        pair = (names[0], names[1])
-        axes = [label_of(name, first.facts.get(name)) for name in pair]
-        for when, result in results.items():
-            layout = {
-                "xaxis": {"title": {"text": axes[0]}, "showgrid": False},
-                "yaxis": {"title": {"text": axes[1]}, "showgrid": False},
-            }
-            trace = success_chart_data(result, pair, [ends[name] for name in pair])
-            title = f"Success by start, {when} training"
-            charts.append(Chart(f"map{place}{when}", title, "% of the episodes", MAP_NOTE, [trace], layout, height=380))
-    rest = [name for name in names if name in ends and not (charts and name in names[:2])]
-    charts += [_by_fact(place, name, results, ends[name]) for name in rest]
-    same = [name.replace("_", " ") for name in names if name not in ends]
+    drawn = drawn_axes(results)
+    for axes in drawn:
+        if len(axes) == 2:
+            charts += [_map(place, when, result, axes) for when, result in results.items()]
+        else:
+            charts.append(_by_fact(place, results, axes))
+    varied = {name for axes in drawn for name in axes}
+    same = [name.replace("_", " ") for name in first.start_facts if name not in varied]
     return charts, f"the same in every episode: {', '.join(same)}" if same else ""
 
 
-def _by_fact(place: int, name: str, results: Mapping[str, EvalResult], edges: Sequence[float]) -> Chart:
+def _map(place: int, when: str, result: EvalResult, axes: Axes) -> Chart:
+    across, up = (label_of(name, result.facts.get(name)) for name in axes)
+    layout = {
+        "xaxis": {"title": {"text": across}, "showgrid": False},
+        "yaxis": {"title": {"text": up}, "showgrid": False},
+    }
+    trace, title = success_chart_data(result, axes), f"Success by start, {when} training"
+    return Chart(f"map{place}{when}", title, "% of the episodes", MAP_NOTE, [trace], layout, height=380)
+
+
+def _by_fact(place: int, results: Mapping[str, EvalResult], axes: Axes) -> Chart:
     """Success in bins of one fact, with its intervals."""
+    ((name, edges),) = axes.items()
     data: list[Trace] = []
     for (when, result), shade in zip(results.items(), (BEFORE, AFTER), strict=False):
-        counts = [[0, 0] for _ in edges[1:]]
-        for row in result.episodes:
-            cell = counts[place_in(row.facts[name], edges)]
-            cell[0] += row.success
-            cell[1] += 1
-        shares = [100 * wins / tries if tries else None for wins, tries in counts]
-        ends = [[100 * end for end in wilson_interval(*cell)] if cell[1] else [0, 0] for cell in counts]
+        held = cells_of(result, axes)
+        cells = [held.get((at,)) for at in range(len(edges) - 1)]
+        shares = [100 * cell.rate if cell else None for cell in cells]
+        ends = [[100 * end for end in cell.interval] if cell else [0, 0] for cell in cells]
         data.append(
             {
                 "type": "bar", "name": when, "x": _middles(edges), "y": [number(share) for share in shares],
-                "marker": {"color": shade}, "text": [f"{wins}/{tries}" for wins, tries in counts],
+                "marker": {"color": shade}, "text": [_counts(cell) or "0/0" for cell in cells],
                 "textposition": "none",
                 "hovertemplate": "%{y:.0f} % (%{text})", "error_y": {
                     "type": "data", "symmetric": False, "color": "ink", "thickness": 1.2, "width": 3,
@@ -194,14 +231,12 @@ class OutcomeRow:
 
 def outcome_rows(results: Sequence[EvalResult]) -> list[OutcomeRow]:
     """Every outcome that came about, in the environment's order; [] where the evaluations tell none."""
-    counts = [Counter(row.outcome for row in result.episodes) for result in results]
-    if not results or any(count[""] for count in counts):
+    counts = [result.outcome_counts() for result in results]
+    if any(sum(count.values()) < len(result.episodes) for count, result in zip(counts, results, strict=True)):
         return []
-    known = dict(results[-1].outcomes)
-    names = [*known, *(name for count in counts for name in count if name not in known)]
-    rows = [
-        OutcomeRow(name, known.get(name, ""), tuple(count[name] for count in counts)) for name in dict.fromkeys(names)
-    ]
+    known = {name: text for result in results for name, text in result.outcomes.items()}
+    names = dict.fromkeys([*known, *(name for count in counts for name in count)])
+    rows = [OutcomeRow(name, known.get(name, ""), tuple(count.get(name, 0) for count in counts)) for name in names]
     return [row for row in rows if any(row.counts)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from io import BytesIO, StringIO
@@ -12,21 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from reinflow import UserError
+from reinflow import ConfigError, UserError
 from reinflow.checkpoint import stored_value
 from reinflow.checksums import sha256
+from reinflow.evaluate import EvaluationStopped
+from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow_so101.command_line import PATH_FIELDS, pick_device
 from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import FAMILIES, ActingSettings
-from reinflow_so101.report.episodes import choose, pairs_of
+from reinflow_so101.report.episodes import choose, kind_of, kinds_of
 from reinflow_so101.report.files import RunFiles
 from reinflow_vla.directory import weights_file
 from so101_sim.config import EnvConfig
+from so101_sim.renderer import RenderError
 
 if TYPE_CHECKING:
+    from reinflow.env import Observation
     from reinflow.evaluate import Act
     from so101_sim.film import Film
-
 
 POSTER_WIDTH = 560  # pixels, about what a laptop shows
 
@@ -49,6 +52,7 @@ class ShownFilm:
     kind: str  # what became of the seed
     takes: Sequence[Take]  # before and after, or after alone
     run: str  # its name
+    remark: str = ""  # where the evaluations say otherwise
 
     @property
     def size(self) -> int:
@@ -118,66 +122,104 @@ def actor(run: RunFiles, directory: Path, env: EnvConfig, own_door: bool, device
     return noise_free_actor(policy, ChainSpec(policy.num_denoising_steps))
 
 
-def seeds_to_film(run: RunFiles, most: int) -> dict[int, str]:
-    """Seed -> what became of it, failures first; the first reporting seeds where there are no two evaluations."""
-    if run.before and run.after and (pairs := pairs_of(run.before, run.after)):
-        return {pair.after.seed: pair.kind for pair in choose(pairs, most)}
-    first = int(run.config.get("report_seed", 10_000))
-    return {first + number: "" for number in range(most)}
+def seeds_to_film(run: RunFiles, most: int) -> list[int]:
+    """Failures first; the first reporting seeds where there are no evaluations."""
+    kinds = kinds_of(run.before, run.after) if run.before and run.after else {}
+    if not kinds and (known := run.after or run.before):
+        kinds = kinds_of(known)
+    first = int(run.config.get("report_seed", FIRST_REPORTING_SEED))
+    return list(choose(kinds, most)) or list(range(first, first + most))
 
 
-def make_films(run: RunFiles, most: int) -> Films:
-    """Films of at most so many seeds; without any, the remark says why."""
+def make_films(run: RunFiles, most: int, stopped: Callable[[], bool] = lambda: False) -> Films:
+    """Films of at most so many seeds; without any, the remark says why.
+
+    Args:
+        run: is filmed.
+        most: seeds.
+        stopped: whether somebody asked to stop.
+    """
     if run.is_gym:
         return Films(remark="a Gymnasium run has no films: only the arm's scene is filmed.")
     if run.final_policy is None:
         return Films(remark="no films: the run has no checkpoint yet.")
     try:
-        return _play(run, most)
+        return _play(run, most, stopped)
+    except EvaluationStopped:
+        return Films(remark="no films: a signal stopped them; reinflow-report makes them.")
     except (UserError, OSError, ValueError, RuntimeError) as error:  # no OpenGL, no memory, a policy that is gone
         return Films(remark=f"no films: {' '.join(str(error).split())}")
 
 
-def _play(run: RunFiles, most: int) -> Films:
+def run_device(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Where the run's policy acts: on the run's own device, else on what there is, with a remark that says so."""
+    wanted = str(config.get("device", "auto"))
+    try:
+        return pick_device(wanted), ""
+    except ConfigError:
+        found = pick_device("auto")
+        return found, f"filmed on {found}, as the run's device ({wanted}) is not here: last digits differ."
+
+
+def _play(run: RunFiles, most: int, stopped: Callable[[], bool]) -> Films:
     from reinflow_so101.films import film_episodes
 
-    chosen = seeds_to_film(run, most)
-    seeds, env = list(chosen), played_env(run.config)
-    device = pick_device("auto")
-    remark, befores = "", []
+    def film(directory: Callable[[], Path], when: str) -> list[Film]:
+        if stopped():
+            raise EvaluationStopped
+        act = actor(run, directory(), env, when == "before", device)
+
+        def act_or_stop(observation: Observation, seeds: Sequence[int], decision: int) -> Any:
+            if stopped():
+                raise EvaluationStopped
+            return act(observation, seeds, decision)
+
+        return film_episodes(act_or_stop, env, seeds, when)
+
+    final = run.final_policy
+    assert final
+    seeds, env = seeds_to_film(run, most), played_env(run.config)
+    device, remark = run_device(run.config)
+    films: dict[str, list[Film]] = {}
     try:
-        befores = film_episodes(actor(run, starting_policy(run), env, True, device), env, seeds, "before")
+        films["before"] = film(lambda: starting_policy(run), "before")
+    except RenderError:  # what cannot be drawn before cannot be after
+        raise
     except UserError as error:
-        remark = f"after training only: {error}."
-    assert run.final_policy
-    afters = film_episodes(actor(run, run.final_policy, env, False, device), env, seeds, "after")
-    shown = []
-    for index, (seed, after) in enumerate(zip(seeds, afters, strict=True)):
-        takes = [("before", befores[index])] if befores else []
-        takes.append(("after", after))
-        encoded = [_take(when, film) for when, film in takes]
-        shown.append(ShownFilm(seed, chosen[seed] or _kind(takes[0][1], after), encoded, run.name))
+        remark = "; ".join(filter(None, (f"after training only: {error}", remark)))
+    films["after"] = film(lambda: final, "after")
+    shown = [_shown(run, {when: of[index] for when, of in films.items()}) for index in range(len(seeds))]
     return Films(shown, remark)
+
+
+def _shown(run: RunFiles, films: Mapping[str, Film]) -> ShownFilm:
+    """A seed's films for the page: what they show, and where the evaluations have it otherwise."""
+    after, before = films["after"], films.get("before")
+    differing = []
+    for when, film in films.items():
+        result = run.before if when == "before" else run.after
+        row = next((row for row in result.episodes if row.seed == film.seed), None) if result else None
+        if row and (row.success, row.outcome or film.outcome) != (film.success, film.outcome):
+            differing.append(f"{when}: {_ended(row.outcome, row.success)}")
+    remark = f"the evaluation has it otherwise, {'; '.join(differing)}" if differing else ""
+    kind = kind_of(before.success if before else None, after.success)
+    return ShownFilm(after.seed, kind, [_take(when, film) for when, film in films.items()], run.name, remark)
+
+
+def _ended(outcome: str, success: bool) -> str:
+    """How an episode ended, in words."""
+    return (outcome or ("success" if success else "failure")).replace("_", " ")
 
 
 def _take(when: str, film: Film) -> Take:
     from reinflow_so101.films import mp4_bytes
 
-    ended = film.outcome or ("success" if film.success else "failure")
     picture = Image.fromarray(film.frames[-1])
     picture.thumbnail((POSTER_WIDTH, POSTER_WIDTH))
     poster = BytesIO()
     picture.save(poster, "JPEG", quality=75)
     encoded = (base64.b64encode(content).decode() for content in (mp4_bytes(film), poster.getvalue()))
-    return Take(when, ended.replace("_", " "), *encoded)
-
-
-def _kind(before: Film, after: Film) -> str:
-    """What became of a seed that no evaluation played; the same film twice where there is none before."""
-    if before is after:
-        return "succeeds" if after.success else "fails"
-    words = {(False, False): "still failing", (True, False): "lost", (False, True): "won", (True, True): "kept"}
-    return words[before.success, after.success]
+    return Take(when, _ended(film.outcome, film.success), *encoded)
 
 
 def within(films: Sequence[ShownFilm], room: int) -> tuple[list[ShownFilm], str]:

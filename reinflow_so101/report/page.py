@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
+from shlex import join, quote
 from typing import Any
 
-from reinflow.regions import worst_region
 from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow_so101.doctor_rules import RULES
 from reinflow_so101.report.charts import COUNTED, Chart, algorithm_charts, phase_totals, reward_charts, time_charts
 from reinflow_so101.report.curves import learning_curve
-from reinflow_so101.report.episodes import OutcomeRow, map_charts, outcome_chart, outcome_rows, pairs_of
+from reinflow_so101.report.episodes import OutcomeRow, kinds_of, map_charts, outcome_chart, outcome_rows, worst_drawn
 from reinflow_so101.report.files import RunFiles, read_runs
 from reinflow_so101.report.films import Films, ShownFilm, make_films, named_start, within
 from reinflow_so101.report.tables import (
@@ -65,6 +66,7 @@ class RunPart:
     after: tuple[str, str]
     change: Change | None
     missing: Remark | None  # which evaluations
+    doubts: Sequence[Remark]  # of whether they are of this policy
     still_failing: Sequence[int]  # seeds
     facts: Sequence[tuple[str, str]]  # name, value
     failures: Failures
@@ -113,13 +115,19 @@ class Page:
         return {"figures": figures, "columns": self.columns, "axis": self.axis, "metrics": self.metrics}
 
 
-def write_report(run_dirs: Sequence[Path], path: Path | None = None, films: int = DEFAULT_FILMS) -> Path:
+def write_report(
+    run_dirs: Sequence[Path],
+    path: Path | None = None,
+    films: int = DEFAULT_FILMS,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Path:
     """Write the report on one training or several.
 
     Args:
         run_dirs: their directories; running and stopped ones are fine.
         path: of the file; None is report.html in the run's directory, or in the current one for several.
         films: at most so many in all; 0 for none.
+        stopped: whether somebody asked to stop; the page then has no films.
 
     Returns:
         Its path.
@@ -131,26 +139,37 @@ def write_report(run_dirs: Sequence[Path], path: Path | None = None, films: int 
     runs = read_runs(run_dirs)
     path = path or (Path(run_dirs[0]) / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
     page = make_page(runs)
-    room = MOST_BYTES - len(render(page).encode()) - 20_000
-    shown, remarks = film_all(runs, films, room)
-    text = render(Page(**{**vars(page), "films": shown, "film_remarks": remarks}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    text = render(replace(page, film_remarks=[Remark("None yet: they are made last, and this page written again.")]))
+    _write(path, text)  # before minutes of films, so that a disk that refuses does so now
+    shown, remarks = film_all(runs, films, MOST_BYTES - len(text.encode()) - 20_000, stopped)
+    _write(path, render(replace(page, films=shown, film_remarks=remarks)))
     return path
 
 
-def film_all(runs: Sequence[RunFiles], most: int, room: int) -> tuple[list[ShownFilm], list[Remark]]:
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def film_all(
+    runs: Sequence[RunFiles], most: int, room: int, stopped: Callable[[], bool]
+) -> tuple[list[ShownFilm], list[Remark]]:
     """Films of every run, as many as there is room for, and what must be said of those that are not there."""
     if not most:
-        command = f"reinflow-report {' '.join(str(run.path) for run in runs)} --films {DEFAULT_FILMS}"
+        command = join(["reinflow-report", *(str(run.path) for run in runs), "--films", str(DEFAULT_FILMS)])
         return [], [Remark("None in this report; to have some:", [command])]
     share = max(most // len(runs), 1)
     whose = ["" if len(runs) == 1 else f"{run.name}: " for run in runs]
     made: list[Films] = []
     for place, run in enumerate(runs):
-        made.append(make_films(run, share) if place * share < most else Films(remark=f"left out (--films {most})."))
+        made.append(
+            make_films(run, share, stopped) if place * share < most else Films(remark=f"left out (--films {most}).")
+        )
     remarks = [f"{who}{_sentence(films.remark)}" for who, films in zip(whose, made, strict=True) if films.remark]
     shown, cut = within([film for films in made for film in films.shown], room)
     return shown, [Remark(text) for text in (*remarks, _sentence(cut)) if text]
@@ -197,7 +216,8 @@ def run_part(place: int, run: RunFiles) -> RunPart:
     return RunPart(
         name=run.name, about=about(run),
         before=say_score(run.before, run.is_gym), after=say_score(run.after, run.is_gym),
-        change=change_of(run), missing=missing_evaluations(run), still_failing=still_failing(run),
+        change=change_of(run), missing=missing_evaluations(run), doubts=doubts_of(run),
+        still_failing=still_failing(run),
         facts=facts_of(run), failures=failures_of(place, run),
         phases=[(name, say_time(took), took / whole) for name, took in totals.items() if took / whole > 0.005],
         findings=run.findings, manifest=[line.strip() for line in manifest if line.strip()],
@@ -208,8 +228,8 @@ def run_part(place: int, run: RunFiles) -> RunPart:
 
 def still_failing(run: RunFiles) -> list[int]:
     """Seeds that fail before and after."""
-    pairs = pairs_of(run.before, run.after) if run.before and run.after else []
-    return [pair.after.seed for pair in pairs if pair.kind == "still failing"]
+    kinds = kinds_of(run.before, run.after) if run.before and run.after else {}
+    return [seed for seed, kind in kinds.items() if kind == "still failing"]
 
 
 def about(run: RunFiles) -> str:
@@ -241,13 +261,23 @@ def facts_of(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def eval_command(run: RunFiles, when: str) -> str:
-    """What plays the reporting seeds again and puts the result where the report looks first."""
+    """What plays the reporting seeds again and puts the result where the report looks for it."""
     config, policy, acts = run.config, str(run.path), ""
     if when == "before":
         policy, acts = named_start(run), f" --num-denoising-steps {config.get('num_denoising_steps', 0)}"
     episodes, seed = config.get("report_episodes") or 200, config.get("report_seed", FIRST_REPORTING_SEED)
     seeds = f"--episodes {episodes} --seed {seed}"
-    return f"reinflow-eval --policy-path {policy}{acts} {seeds} --output-dir {run.path}/eval_{when}"
+    names = (f"eval_{when}" if number == 1 else f"eval_{when}-{number}" for number in count(1))
+    place = next(place for name in names if not (place := run.path / name).exists())
+    return f"reinflow-eval --policy-path {quote(policy)}{acts} {seeds} --output-dir {quote(str(place))}"
+
+
+def doubts_of(run: RunFiles) -> list[Remark]:
+    """Which evaluation is, or may be, of another policy than the run's, and what plays the right one."""
+    return [
+        Remark(f"{text} To play the policy that is there now:", [eval_command(run, when)])
+        for when, text in run.doubts.items()
+    ]
 
 
 def missing_evaluations(run: RunFiles) -> Remark | None:
@@ -280,7 +310,7 @@ def failures_of(place: int, run: RunFiles) -> Failures:
         commands = [eval_command(run, when) for when in results]
     text = "; ".join(remarks)
     remark = Remark(f"{_sentence(text)}{':' if commands else '.'}", commands) if text else None
-    worst = worst_region(run.after) if run.after and charts else None
+    worst = worst_drawn(results, "after") if run.after and charts else None
     where = worst.describe(run.after.facts) if worst and run.after else ""
     return Failures([*charts, *([chart] if chart else [])], outcomes, list(results), remark, where)
 

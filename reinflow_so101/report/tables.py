@@ -10,7 +10,7 @@ from typing import Any
 
 from reinflow.evaluate import EvalResult
 from reinflow.metrics import REWARD_FAMILY, known_metrics
-from reinflow.paired import Paired, compare_results, say_p
+from reinflow.paired import Paired, PairError, compare_results, say_p
 from reinflow_so101.command_line import WAYS
 from reinflow_so101.commands.monitor import last
 from reinflow_so101.presets import PRESET_VALUES
@@ -60,9 +60,10 @@ def change_of(run: RunFiles) -> Change | None:
     """The paired comparison of a run's two reports; None without both, or where they played different seeds."""
     if run.before is None or run.after is None:
         return None
-    if {row.seed for row in run.before.episodes} != {row.seed for row in run.after.episodes}:
+    try:
+        paired = compare_results(run.before, run.after)
+    except PairError:
         return None
-    paired = compare_results(run.before, run.after)
     low, high = paired.interval
     p = f"p {say_p(paired.p_value)}"
     if isinstance(paired, Paired):

@@ -1,11 +1,14 @@
 """reinflow-report: one HTML file about trainings, read by a browser."""
 
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +23,7 @@ from reinflow_so101.commands.report import make_report, parse_args
 from reinflow_so101.doctor_rules import RULES
 from reinflow_so101.report.charts import algorithm_charts, phase_totals, reward_charts, time_charts
 from reinflow_so101.report.curves import grouped, learning_curve
-from reinflow_so101.report.episodes import choose, map_charts, outcome_rows, pairs_of
+from reinflow_so101.report.episodes import choose, kinds_of, map_charts, outcome_rows, worst_drawn
 from reinflow_so101.report.files import MOST_POINTS, read_run, read_runs
 from reinflow_so101.report.films import ShownFilm, Take, within
 from reinflow_so101.report.page import MOST_BYTES, make_page, write_report
@@ -97,11 +100,58 @@ def test_a_run_is_read_with_evaluations_and_findings(tmp_path):
     assert run.x_at(run.rows[2]["progress/iteration"]) == run.rows[2]["progress/episodes"]
 
 
-def test_an_evaluation_made_up_for_later_comes_first(tmp_path):
+def best(run: Path, iteration: int, weights: bytes) -> str:
+    """Make a checkpoint the best one; the sha256 of its weights."""
+    policy = run / f"checkpoints/{iteration:06d}/pretrained_model"
+    policy.mkdir(parents=True, exist_ok=True)
+    (policy / "model.safetensors").write_bytes(weights)
+    (run / "checkpoints/best").unlink(missing_ok=True)
+    (run / "checkpoints/best").symlink_to(policy.parent.name)
+    return hashlib.sha256(weights).hexdigest()
+
+
+def played(path: Path, sha: str, iteration: int, written: float) -> None:
+    """Say in an evaluation's file which weights it played, and when it was written."""
+    info = json.loads(path.read_text()) | {
+        "policy": {"sha256": sha, "directory": f"/runs/{iteration:06d}/pretrained_model"}
+    }
+    path.write_text(json.dumps(info))
+    os.utime(path, (written, written))
+
+
+def test_the_newest_evaluation_of_the_policy_that_is_there_counts(tmp_path):
     run = recorded(tmp_path / "run")
-    evaluation(run / "eval_after/eval_info.json", set())
-    after = read_run(run, "run").after
-    assert after and after.num_successes == 40
+    by_hand = run / "eval_after/eval_info.json"
+    evaluation(by_hand, set())
+    first, second = best(run, 2, b"first"), hashlib.sha256(b"second").hexdigest()
+    now = time.time()
+    for own, other, successes, doubts in (
+        ((first, now), (second, now + 9), 37, 0),  # the newer one is of another policy
+        ((second, now + 9), (first, now), 40, 0),
+        ((first, now + 9), (first, now), 37, 0),
+        ((first, now), (first, now + 9), 40, 0),
+        ((second, now), (second, now + 9), 40, 1),
+    ):
+        played(run / "eval_after.json", own[0], 2, own[1])
+        played(by_hand, other[0], 7, other[1])
+        read = read_run(run, "run")
+        assert read.after and read.after.num_successes == successes and len(read.doubts) == doubts
+    assert read.doubts["after"].startswith(
+        "The evaluation after (eval_after/eval_info.json) is of the policy of iteration 7"
+    )
+    assert read.after_iteration == 7
+    text = write_report([run], films=0).read_text()
+    assert "before training went on" in text and f"--output-dir {run}/eval_after-2" in text
+
+
+def test_an_evaluation_that_does_not_say_what_it_played_is_doubted_where_the_policy_is_newer(tmp_path):
+    run = recorded(tmp_path / "run")
+    best(run, 2, b"weights")
+    weights, result = run / "checkpoints/best/pretrained_model/model.safetensors", run / "eval_after.json"
+    os.utime(weights, (result.stat().st_mtime - 5,) * 2)
+    assert read_run(run, "run").doubts == {}
+    os.utime(weights, (result.stat().st_mtime + 5,) * 2)
+    assert "older than the policy in best" in read_run(run, "run").doubts["after"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +159,10 @@ def test_an_evaluation_made_up_for_later_comes_first(tmp_path):
     [
         (lambda run: (run / "metrics.jsonl").write_text('{"progress/iteration": 1}\nnonsense\n'), "line 2"),
         (lambda run: (run / "doctor.jsonl").write_text("{}\n"), "doctor.jsonl, line 1"),
+        (
+            lambda run: (run / "doctor.jsonl").write_text('{"progress/iteration": 1, "rule": "kl"}\n'),
+            "line 1.*evidence",
+        ),
         (lambda run: (run / "eval_after.json").write_text("{"), "eval_after.json"),
         (lambda run: (run / "start.json").write_text("{"), "start.json"),
         (lambda run: (run / "config.json").write_text("{"), "config.json"),
@@ -136,6 +190,7 @@ def test_runs_of_one_name_are_told_apart_and_named_once(tmp_path):
     assert [run.name for run in read_runs([a, b])] == ["a/run", "b/run"]
     with pytest.raises(UserError, match="named twice"):
         read_runs([a, a])
+    assert [run.name for run in read_runs([a, recorded(a / "run")])] == ["run", "run/run"]
 
 
 def test_a_long_run_is_thinned_but_keeps_its_evaluations(tmp_path):
@@ -207,6 +262,17 @@ def test_maps_count_every_episode_once(tmp_path):
     assert [(row.name, row.counts) for row in rows] == [("lifted", (20, 37)), ("no_contact", (20, 3))]
 
 
+def test_the_worst_region_is_a_cell_that_is_drawn(tmp_path):
+    fails = {seed for seed in range(10_000, 10_040) if (seed % 7) / 10 > 0.3 and (seed % 5) / 10 < 0.2}
+    result = evaluation(tmp_path / "e.json", fails)
+    results = {"after": result}
+    worst = worst_drawn(results, "after")
+    assert worst and worst.bounds == {"place_x": (pytest.approx(0.3), 0.6), "place_y": (0.0, pytest.approx(0.2))}
+    cells = [cell for row in map_charts(0, results)[0][0].data[0]["text"] for cell in row]
+    assert f"{worst.successes}/{worst.episodes}" in cells
+    assert worst_drawn({"after": evaluation(tmp_path / "all.json", set())}, "after") is None
+
+
 def test_facts_that_never_differ_make_no_map(tmp_path):
     result = evaluation(tmp_path / "e.json", set())
     same = EvalResult(
@@ -219,10 +285,13 @@ def test_facts_that_never_differ_make_no_map(tmp_path):
 def test_films_show_failures_first_and_one_of_every_kind(tmp_path):
     before = evaluation(tmp_path / "b.json", set(range(10_000, 10_020)))
     after = evaluation(tmp_path / "a.json", {*range(10_000, 10_010), 10_030})
-    pairs = pairs_of(before, after)
-    kinds = [pair.kind for pair in choose(pairs, 6)]
-    assert kinds == ["still failing", "still failing", "still failing", "lost", "won", "kept"]
-    assert [pair.kind for pair in choose(pairs, 1)] == ["still failing"] and choose(pairs, 0) == []
+    kinds = kinds_of(before, after)
+    chosen = choose(kinds, 6)
+    assert list(chosen.values()) == ["still failing", "still failing", "still failing", "lost", "won", "kept"]
+    assert list(chosen) == [10_000, 10_001, 10_002, 10_030, 10_010, 10_020]
+    assert choose(kinds, 1) == {10_000: "still failing"} and choose(kinds, 0) == {}
+    assert kinds_of(before)[10_000] == "fails" and choose(kinds_of(after), 12)[10_010] == "succeeds"
+    assert kinds_of(before, evaluation(tmp_path / "c.json", set(), 39)) == {}
 
 
 def test_films_that_do_not_fit_are_named():
