@@ -56,8 +56,9 @@ def progress_bar(label: str, total: float, console: Console | None = None, done:
         yield _lines(label, total, console, done)
         return
     columns = (
-        TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None),
-        TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}", markup=False), TimeElapsedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with _LateBar(*columns, console=console, transient=True, speed_estimate_period=SPEED_OVER_S) as bar:
         task = bar.add_task(label, total=total, completed=int(done), status="")
@@ -95,7 +96,7 @@ def spinner(label: str, console: Console | None = None) -> Iterator[None]:
     if not console.is_interactive:
         yield
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with _LateBar(*columns, console=console, transient=True) as bar:
         bar.add_task(label, total=None)
         yield

@@ -8,7 +8,8 @@ t in (0, 1] and the score S(t), a Brownian motion with drift:
     |S| <= DRIFT t - ACCEPT t^.6  one of the size asked for would have been shown
 
 The information of n pairs is n^2 / (discordant pairs): it is measured as the pairs come in, so that nobody need know
-beforehand how often two policies differ.
+beforehand how often two policies differ. Few discordant pairs say little of how many there will be, so FEW more than
+seen are supposed, and at least as many as the difference asked for would make by itself.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-ALPHA, POWER = 0.05, 0.9
+SEQUENTIAL_ALPHA, SEQUENTIAL_POWER = 0.05, 0.9
 """False alarms between equals, two-sided; how often a true difference of the size asked for is shown."""
 LONGEST = 1.4  # the information at t = 1 over that of the fixed test with the same error rates
 REJECT_POWER, ACCEPT_POWER = 0.3, 0.6
-REJECT, ACCEPT = 2.3011, 2.1566  # solved for ALPHA and POWER by integration over looks at t = .01, .02, ..., 1
+REJECT, ACCEPT = 2.3011, 2.1566  # solved for both by integration over looks at t = .01, .02, ..., 1
 LOOK_EVERY = 0.01  # of the information; looking more often than was integrated would be one false alarm more
-DRIFT = math.sqrt(LONGEST) * float(norm.isf(ALPHA / 2) + norm.isf(1 - POWER))
+DRIFT = math.sqrt(LONGEST) * float(norm.isf(SEQUENTIAL_ALPHA / 2) + norm.isf(1 - SEQUENTIAL_POWER))
+FEW = 3.0  # discordant pairs supposed beside those seen
 GO_ON, A_BETTER, B_BETTER, NO_DIFFERENCE = 0, -1, 1, 2
 
 Counts = int | NDArray[np.int64]
@@ -41,12 +43,16 @@ class Sequential:
     difference: float  # a share, within (0, 1)
 
     def information(self, episodes: Counts, won: Counts, lost: Counts) -> Any:
-        """t after so many pairs, at most 1; one more discordant pair than seen is supposed, as few say little."""
-        return np.minimum(episodes**2 / (won + lost + 1.0) / (DRIFT / self.difference) ** 2, 1.0)
+        """t after so many pairs, at most 1."""
+        discordant = np.maximum(won + lost + FEW, self.difference * episodes)
+        return np.minimum(episodes**2 / discordant / (DRIFT / self.difference) ** 2, 1.0)
 
     def verdict(self, t: Any, won: Counts, lost: Counts) -> Any:
         """GO_ON, A_BETTER, B_BETTER or NO_DIFFERENCE of this size, at information t."""
-        score = (won - lost) / np.sqrt(won + lost + 1.0) * np.sqrt(t)
+        # As in `information`: solved for the pairs, t = n^2 / (difference n) / (DRIFT / difference)^2 is difference n =
+        # DRIFT^2 t.
+        discordant = np.maximum(won + lost + FEW, DRIFT**2 * t)
+        score = (won - lost) / np.sqrt(discordant) * np.sqrt(t)
         reject = REJECT * t**REJECT_POWER
         accept = np.where(t >= 1, reject, np.minimum(DRIFT * t - ACCEPT * t**ACCEPT_POWER, reject))
         undecided = np.where(np.abs(score) < accept, NO_DIFFERENCE, GO_ON)

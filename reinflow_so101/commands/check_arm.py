@@ -257,13 +257,14 @@ def motions(directory: Path, env: EnvConfig) -> tuple[Array, Array]:
 def run(config: CheckArmConfig) -> None:
     """Print the answers; raises ArmError when one of them is an error."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     findings = check_arm(config)
-    table = Table("what", "", "found", title=f"{config.policy} on {config.robot_config}")
+    table = Table("what", "", "found", title=escape(f"{config.policy} on {config.robot_config}"))
     colours = {"ok": "green", "look": "yellow", "error": "red"}
     for finding in findings:
-        table.add_row(finding.what, f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.text)
+        table.add_row(finding.what, f"[{colours[finding.verdict]}]{finding.verdict}[/]", escape(finding.text))
     Console().print(table)
     if wrong := [finding.what for finding in findings if finding.verdict == "error"]:
         raise ArmError(f"do not run it yet: {', '.join(wrong)}")

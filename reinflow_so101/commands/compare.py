@@ -10,11 +10,12 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from reinflow.paired import (
@@ -26,9 +27,16 @@ from reinflow.paired import (
     compare_results,
     smallest_difference,
 )
-from reinflow.sequential import A_BETTER, B_BETTER, GO_ON, NO_DIFFERENCE, Monitor, Sequential
-from reinflow.sequential import ALPHA as SEQUENTIAL_ALPHA
-from reinflow.sequential import POWER as SEQUENTIAL_POWER
+from reinflow.sequential import (
+    A_BETTER,
+    B_BETTER,
+    GO_ON,
+    NO_DIFFERENCE,
+    SEQUENTIAL_ALPHA,
+    SEQUENTIAL_POWER,
+    Monitor,
+    Sequential,
+)
 
 if TYPE_CHECKING:
     from reinflow.env import ChunkVectorEnv
@@ -53,7 +61,7 @@ class Contender:
 class Contest:
     """What is played."""
 
-    task: str  # in words
+    task: str  # in words, without why it is played
     seed: int  # the first
     episodes: int  # with ``until`` at most
     num_parallel_envs: int
@@ -67,6 +75,8 @@ class Comparison:
     contest: Contest
     results: Mapping[str, EvalResult]
     verdict: str = ""
+    stopped: str = ""  # what somebody's Ctrl-C left out
+    identities: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # which policies they are, by name
 
     @property
     def pairs(self) -> dict[str, Paired | PairedReturns]:
@@ -120,17 +130,29 @@ def what_stops(contest: Contest) -> str:
 
 
 def play(contenders: Sequence[Contender], contest: Contest) -> Comparison:
-    """All episodes of every contender, one contender after the other; or with ``until`` batches of both."""
+    """All episodes of every contender, one contender after the other; or with ``until`` batches of both.
+
+    Ctrl-C ends it with what was finished until then, and says so in ``stopped``.
+
+    Raises:
+        KeyboardInterrupt: nothing was finished.
+    """
     if contest.until:
         return _play_until(contenders, contest)
     from reinflow.evaluate import evaluate_seeds
 
-    results = {}
-    for contender in contenders:
-        results[contender.name] = evaluate_seeds(
-            contender.load(), contender.make_env, contest.seed, contest.episodes, contest.num_parallel_envs,
-            label=f"{contender.name}, episodes",
-        )  # fmt: skip
+    results: dict[str, EvalResult] = {}
+    try:
+        for contender in contenders:
+            results[contender.name] = evaluate_seeds(
+                contender.load(), contender.make_env, contest.seed, contest.episodes, contest.num_parallel_envs,
+                label=f"{contender.name}, episodes",
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        missing = ", ".join(contender.name for contender in contenders if contender.name not in results)
+        return Comparison(contest, results, stopped=f"stopped by hand: {missing} not finished, so left out")
     return Comparison(contest, results)
 
 
@@ -141,22 +163,31 @@ def _play_until(contenders: Sequence[Contender], contest: Contest) -> Comparison
     from reinflow.progress import progress_bar
 
     monitor, results, verdict = Monitor(Sequential(contest.until)), dict[str, EvalResult](), GO_ON
-    known = 0.0
+    known, stopped = 0.0, ""
     size = min(contest.num_parallel_envs, contest.episodes)
     with ExitStack() as stack, torch.no_grad():
         sides = [(c.name, c.load(), stack.enter_context(c.make_env(size))) for c in contenders]
         advance = stack.enter_context(progress_bar("comparison, % of the longest", 100))
         for first in range(0, contest.episodes, size):
             seeds = range(contest.seed + first, contest.seed + min(first + size, contest.episodes))
-            for name, act, env in sides:
-                batch = evaluate(act, env, seeds, label=f"{name}, episodes")
-                results[name] = joined(results[name], batch) if name in results else batch
+            try:
+                batches = {name: evaluate(act, env, seeds, label=f"{name}, episodes") for name, act, env in sides}
+            except KeyboardInterrupt:
+                if not results:
+                    raise
+                stopped = "stopped by hand: a batch that was not finished is left out"
+                break
+            results = {name: joined(results[name], new) if results else new for name, new in batches.items()}
             paired = compare(*(result.episodes for result in results.values()))
             verdict = monitor.look(paired.episodes, paired.only_b, paired.only_a)
             known, before = monitor.information, known
             advance(100 * (known - before), f"{paired.episodes:,} seeds, won {paired.only_b}, lost {paired.only_a}")
             if verdict != GO_ON:
                 break
+    if stopped:
+        played = len(next(iter(results.values())).episodes)
+        said = f"undecided, stopped: {played:,} episodes neither show a difference nor rule out one of {_size(contest)}"
+        return Comparison(contest, results, said, stopped)
     return Comparison(contest, results, _say_verdict(verdict, [c.name for c in contenders], contest))
 
 
@@ -168,12 +199,16 @@ def joined(a: EvalResult, b: EvalResult) -> EvalResult:
     )  # fmt: skip
 
 
+def _size(contest: Contest) -> str:
+    return f"{100 * contest.until:.3g} points"
+
+
 def _say_verdict(verdict: int, names: Sequence[str], contest: Contest) -> str:
-    size = f"{100 * contest.until:.3g} points"
+    size, found = _size(contest), f"{SEQUENTIAL_POWER * 10:.0f} of 10 comparisons"
     return {
         B_BETTER: f"stopped: {names[1]} is better than {names[0]}",
         A_BETTER: f"stopped: {names[0]} is better than {names[1]}",
-        NO_DIFFERENCE: f"stopped: a difference of {size} is ruled out, it would have been shown",
+        NO_DIFFERENCE: f"stopped: a difference of {size} is ruled out, it would have been shown in {found}",
         GO_ON: f"undecided: {contest.episodes:,} episodes neither show a difference nor rule out one of {size}",
     }[verdict]
 
@@ -198,11 +233,12 @@ def show(comparison: Comparison, console: Console) -> None:
             f"{len(comparison.pairs)} comparisons with {first}: their p are not corrected for their number; multiply "
             "the smallest by it", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    if comparison.verdict:
-        console.print(comparison.verdict, highlight=False, markup=False, soft_wrap=True)
+    for line in filter(None, (comparison.stopped, comparison.verdict)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_pair(paired: Paired, a: str, b: str, console: Console) -> None:
+    a, b = escape(a), escape(b)
     table = Table("", f"{b} succeeds", f"{b} fails", title=f"the same {paired.episodes} seeds")
     table.add_row(f"{a} succeeds", str(paired.both), str(paired.only_a))
     table.add_row(f"{a} fails", str(paired.only_b), str(paired.neither))
@@ -251,19 +287,22 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
 
 def _content(comparison: Comparison) -> dict[str, Any]:
     first = next(iter(comparison.results))
+    rows = comparison.results[first].episodes
     policies = [
         {
             "name": name, "n_episodes": len(result.episodes), "pc_success": 100 * result.success_rate,
             "pc_success_ci95": [100 * end for end in result.interval], "avg_sum_reward": result.return_mean,
-            "broken_seeds": list(result.broken_seeds),
+            "broken_seeds": list(result.broken_seeds), **comparison.identities.get(name, {}),
         }
         for name, result in comparison.results.items()
     ]  # fmt: skip
     return {
         **asdict(comparison.contest),
+        "seeds": [rows[0].seed, rows[-1].seed],  # the first and the last that were played
         "policies": policies,
         "pairs": [{"a": first, "b": name, **_pair(paired)} for name, paired in comparison.pairs.items()],
         **({"verdict": comparison.verdict} if comparison.verdict else {}),
+        **({"stopped": comparison.stopped} if comparison.stopped else {}),
     }
 
 

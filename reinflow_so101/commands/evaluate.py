@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from reinflow import ConfigError, run_command
+from reinflow import ConfigError, UserError, run_command
 from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow.settings import SEED, Range, check_ranges, cut
 from reinflow_so101.command_line import flag_value, pick_device
@@ -29,7 +29,7 @@ from reinflow_so101.door import DoorSettings
 from reinflow_so101.policies import EMBEDDED, ActingSettings, family_of
 from reinflow_so101.policy_card import TASK_GROUP, env_of_task, known_env, stored_env
 from reinflow_so101.worlds import World, gym_world, make_world, say_world
-from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json
+from reinflow_vla.directory import CONFIG_FILE, check_trusted, read_json, weights_file
 from reinflow_vla.trust import no_remote_code
 from so101_sim.config import EnvConfig
 from so101_sim.tasks.registry import TASKS, describe, how_to_choose, named, shows_one_scene
@@ -72,8 +72,8 @@ class EvalConfig:
     """Write video.mp4: some of these episodes, failures first, the scene beside what the policy sees."""
     gif: bool = False
     """With video: write it as video.gif too, for a README."""
-    video_episodes: Annotated[int, Range(1, 256)] = 4
-    """Episodes in the video."""
+    video_episodes: Annotated[int, Range(1, 32)] = 4
+    """Episodes in the video, below each other; H.264 ends at 16,384 pixels."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     """Where the policy runs; auto takes cuda, then mps, then cpu."""
     pi0_tokenizer_path: str = ""
@@ -141,6 +141,15 @@ def find_policy(path: str, field: str = "policy_path") -> Path:
 
 def make_actor(config: EvalConfig, policy_dir: Path) -> Act:
     """Observation -> actions: the acting policy of training with zero noise, or any other LeRobot policy."""
+    return load_actor(config, policy_dir)[0]
+
+
+def load_actor(config: EvalConfig, policy_dir: Path) -> tuple[Act, dict[str, Any]]:
+    """The same, and which policy it is: directory, sha256 of its weights, K (not of stock policies), n_action_steps."""
+    from reinflow.checksums import sha256
+    from reinflow.flow import ChainSpec
+    from reinflow.rollout import noise_free_actor
+
     family, kind = family_of(policy_dir), read_json(policy_dir / CONFIG_FILE).get("type")
     if config.pi0_tokenizer_path and (family is None or "pi0" not in family.types):
         given = f"pi0_tokenizer_path={config.pi0_tokenizer_path}"
@@ -149,17 +158,18 @@ def make_actor(config: EvalConfig, policy_dir: Path) -> Act:
         unread = [f.name for f in fields(DoorSettings) if getattr(config, f.name, f.default) != f.default]
         if unread:
             raise ConfigError(f"{', '.join(unread)} not read by a {kind} policy, which is taken as it is: leave it out")
+    sizes: dict[str, int] = {}
     if family is None:
-        return stock_actor(config, policy_dir)
-    from reinflow.flow import ChainSpec
-    from reinflow.rollout import noise_free_actor
+        act, sizes["n_action_steps"] = stock_actor(config, policy_dir)
+    else:
+        policy = family.load(policy_dir, config.acting)
+        sizes |= {name: getattr(policy, name) for name in ("num_denoising_steps", "n_action_steps")}
+        act = noise_free_actor(policy, ChainSpec(policy.num_denoising_steps))
+    return act, {"directory": str(policy_dir.resolve()), "sha256": sha256(weights_file(policy_dir)), **sizes}
 
-    policy = family.load(policy_dir, config.acting)
-    return noise_free_actor(policy, ChainSpec(policy.num_denoising_steps))
 
-
-def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
-    """Any other LeRobot policy that predicts chunks, by LeRobot's own loading and processors.
+def stock_actor(config: EvalConfig, policy_dir: Path) -> tuple[Act, int]:
+    """Any other LeRobot policy that predicts chunks, by LeRobot's own loading and processors; its n_action_steps.
 
     One that draws noise (a diffusion policy) gives the same episodes again with the same number of environments only.
     """
@@ -182,7 +192,14 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> Act:
         batch = before(lerobot_batch(observation, observation.get("pixels", {})))
         return after(policy.predict_action_chunk(batch))[:, :steps].double().numpy()
 
-    return act
+    return act, steps
+
+
+def say_policy(identity: Mapping[str, Any]) -> str:
+    """``policy: DIRECTORY, weights 1a2b3c4d5e6f, K 4, 50 actions a chunk``."""
+    k = f", K {identity['num_denoising_steps']}" if "num_denoising_steps" in identity else ""
+    executed = f"{identity['n_action_steps']} actions a chunk"
+    return f"policy: {identity['directory']}, weights {identity['sha256'][:12]}{k}, {executed}"
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
@@ -200,18 +217,31 @@ def run_eval(config: EvalConfig) -> EvalResult:
     make_env = partial(make_world, elsewhere or config.env)
     with made(out):
         print(f"task: {say_world(elsewhere)}" if elsewhere else which_task(config, policy_dir))
-        act = make_actor(config, policy_dir)
+        act, identity = load_actor(config, policy_dir)
+        print(say_policy(identity))
         result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
-    written = []
-    if config.video:
-        # Episodes depend on their seeds alone, so the video shows those that were counted.
-        written += record_video(config, act, result)
-        result.video_paths.append(str(written[0]))
-    info = result.to_lerobot_info(elsewhere.env_id if elsewhere else TASK_GROUP)
-    written += [write_eval_info(out / "eval_info.json", info), write_rows(out / "episodes.csv", result)]
+        group = elsewhere.env_id if elsewhere else TASK_GROUP
+        played = {"policy": identity, "task": say_world(elsewhere or config.env)}
+        written = [
+            write_eval_info(out / "eval_info.json", result.to_lerobot_info(group) | played),
+            write_rows(out / "episodes.csv", result),
+        ]
     show(result, Console(), 0.0 if elsewhere else config.env.control_hz or 50.0)
     for path in written:
         print(f"wrote {path}")
+    if config.video:
+        # Episodes depend on their seeds alone, so the video shows those that were counted.
+        try:
+            for path in record_video(config, act, result):
+                print(f"wrote {path}")
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is, it takes no result with it
+            why = "stopped by hand" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+            raise UserError(
+                f"the evaluation is kept in {out}, its video failed ({why or type(error).__name__}): go on without it, "
+                "or film again by python -m reinflow_so101.commands.film"
+            ) from error
+        finally:
+            write_eval_info(out / "eval_info.json", result.to_lerobot_info(group) | played)
     return result
 
 
@@ -221,7 +251,7 @@ def show(result: EvalResult, console: Console, control_hz: float) -> None:
 
     result.print(console)
     lines = []
-    if result.objective == "success" and (worst := worst_region(result)) and worst.rate < 1:
+    if result.objective == "success" and (worst := worst_region(result)):
         number = len(success_by_region(result))
         lines.append(
             f"worst region: {worst.describe(result.facts)}; the worst of {number}, chosen by these episodes, so it "
@@ -240,13 +270,16 @@ def refuse_task_of_the_arm(config: EvalConfig, policy_dir: Path) -> None:
 
 @contextlib.contextmanager
 def made(directory: Path) -> Iterator[None]:
-    """Make a directory first, so that nothing is played where nothing can be written; gone again if nothing was."""
+    """Make a directory first, so that nothing is played where nothing can be written; if nothing was, what had to be
+    made is gone again."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            directory.rmdir()  # if it is empty
+            for folder in missing:
+                folder.rmdir()  # if it is empty
         raise
 
 
@@ -263,20 +296,25 @@ def run_compare(config: EvalConfig) -> Comparison:
     out, directories = Path(config.output_dir), [find_policy(path, "compare") for path in config.compare]
     worlds = worlds_of(config, directories)
     with made(out):
-        task = say_task(config, directories, worlds)
-        print(task)
+        print(say_task(config, directories, worlds))
         settings = contest.Contest(
-            task.splitlines()[0].removeprefix("task: "), config.seed, config.episodes, config.num_parallel_envs,
-            config.until,
-        )  # fmt: skip
+            say_world(worlds[0]), config.seed, config.episodes, config.num_parallel_envs, config.until
+        )
         if isinstance(worlds[0], EnvConfig):
             print(contest.what_stops(settings) if config.until else contest.what_can_be_shown(config.episodes))
         names = contest.unique_names(config.compare)
+        identities: dict[str, dict[str, Any]] = {}
+
+        def load(name: str, path: Path, world: World) -> Act:
+            act, identities[name] = load_actor(acting_in(config, world), path)
+            print(f"{name}: {say_policy(identities[name])}")
+            return act
+
         contenders = [
-            contest.Contender(name, partial(make_actor, acting_in(config, world), path), partial(make_world, world))
+            contest.Contender(name, partial(load, name, path, world), partial(make_world, world))
             for name, path, world in zip(names, directories, worlds, strict=True)
         ]
-        comparison = contest.play(contenders, settings)
+        comparison = replace(contest.play(contenders, settings), identities=identities)
         written = contest.write(comparison, out)
     contest.show(comparison, Console())
     for path in written:
@@ -366,7 +404,8 @@ def which_task(config: EvalConfig, policy_dir: Path) -> str:
 
 
 def record_video(config: EvalConfig, act: Act, result: EvalResult) -> list[Path]:
-    """Play some of the episodes again for video.mp4 (and video.gif), failures first; the paths."""
+    """Play some of the episodes again for video.mp4 (and video.gif), failures first; the paths, the first of which the
+    result gets too."""
     from reinflow.video import write_gif
     from reinflow_so101.films import film_episodes, mp4_bytes, stack
 
@@ -380,6 +419,7 @@ def record_video(config: EvalConfig, act: Act, result: EvalResult) -> list[Path]
     film = stack(film_episodes(act, config.env, [row.seed for row in ordered]))
     paths = [Path(config.output_dir) / "video.mp4"]
     paths[0].write_bytes(mp4_bytes(film))
+    result.video_paths.append(str(paths[0]))
     if config.gif:
         rate = max(1, film.fps // 2)
         paths.append(write_gif(Path(config.output_dir) / "video.gif", film.frames[::2], fps=rate))
@@ -392,14 +432,24 @@ def parse_args(argv: Sequence[str]) -> EvalConfig:
     task, env = flag_value(argv, "--task"), EnvConfig()
     if path and not gym_world(find_policy(path)):
         env = task_env_of(find_policy(path), task)
-    episodes = MOST_UNTIL if flag_value(argv, "--until") else EvalConfig.episodes
-    default = EvalConfig(policy_path="", output_dir=tyro.MISSING, episodes=episodes, env=env)
-    return tyro.cli(EvalConfig, args=list(argv), default=default, description=__doc__, prog="reinflow-eval")
+    default = EvalConfig(policy_path="", output_dir=tyro.MISSING, env=env)
+    config = tyro.cli(EvalConfig, args=list(argv), default=default, description=__doc__, prog="reinflow-eval")
+    return replace(config, episodes=MOST_UNTIL) if config.until and not flag_value(argv, "--episodes") else config
 
 
 def run(config: EvalConfig) -> None:
-    """Evaluate or compare."""
-    run_compare(config) if config.compare else run_eval(config)
+    """Evaluate or compare.
+
+    Raises:
+        UserError: somebody stopped it before anything was finished, or before everything was.
+    """
+    try:
+        if not config.compare:
+            run_eval(config)
+        elif run_compare(config).stopped:
+            raise UserError(f"stopped by hand: what was finished is in {config.output_dir}")
+    except KeyboardInterrupt as error:
+        raise UserError("stopped by hand before anything was finished: nothing was written") from error
 
 
 def main() -> None:

@@ -193,6 +193,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def print_table(results: Sequence[Result]) -> None:
     """A row per experiment, means over its seeds; then what the document expected."""
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -209,7 +210,7 @@ def print_table(results: Sequence[Result]) -> None:
         reached = [r.episodes_to_80 for r in group if r.episodes_to_80 is not None]
         statuses = Counter(r.status.split(":")[0] for r in group)
         shown.add_row(
-            name, group[0].value, str(len(group)), _percent(values),
+            escape(name), escape(group[0].value), str(len(group)), _percent(values),
             f"{100 * low:.1f}-{100 * high:.1f}" if values else "-",
             _percent([r.best_tuning_success for r in group]),
             f"{fmean(reached):,.0f} ({len(reached)} of {len(group)})" if reached else "-",
@@ -222,9 +223,9 @@ def print_table(results: Sequence[Result]) -> None:
         if ":" in result.status:
             console.print(f"{result.run}: {result.status}", highlight=False, markup=False, soft_wrap=True)
     if spread:
-        console.print(spread.describe(), highlight=False, soft_wrap=True)
+        console.print(spread.describe(), highlight=False, markup=False, soft_wrap=True)
     for line in expectations(groups, spread):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def expectations(groups: Mapping[str, Sequence[Result]], spread: Spread | None) -> list[str]:

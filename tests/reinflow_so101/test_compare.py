@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from reinflow import ConfigError
+from reinflow import ConfigError, UserError
+from reinflow.checksums import sha256
 from reinflow.evaluate import read_eval_info
 from reinflow.paired import compare_results
 from reinflow_so101.commands.compare import (
@@ -25,8 +26,8 @@ from reinflow_so101.commands.compare import (
     write,
 )
 from reinflow_so101.commands.evaluate import find_policy, parse_args, run_compare
-from reinflow_so101.policy_card import write_card
-from so101_sim.tasks.registry import task_env
+from reinflow_so101.policy_card import stored_env, write_card
+from so101_sim.tasks.registry import describe, task_env
 from tests.reinflow.test_evaluate import FakeVectorEnv
 from tests.test_benchmarks import quick
 from train_reinflow import PRESETS, train
@@ -106,6 +107,101 @@ def test_equals_are_stopped_too_and_a_cap_is_said():
     assert capped.verdict.startswith("undecided: 70 episodes") and capped.pairs["b"].episodes == 70
 
 
+def stopping(contender, after):
+    """The same, but its policy meets a Ctrl-C at the decision behind ``after``."""
+    act, made = contender.load(), iter(range(after))
+
+    def act_or_stop(*seen):
+        if next(made, None) is None:
+            raise KeyboardInterrupt
+        return act(*seen)
+
+    return replace(contender, load=lambda: act_or_stop)
+
+
+def test_ctrl_c_keeps_the_pairs_of_a_sequential_comparison(tmp_path):
+    """The third batch of the second policy is cut off, after the first one has played it."""
+    contenders = [policy("a", 0.5, noise=0.1), stopping(policy("b", 0.5, noise=-0.1), 2)]
+    comparison = play(contenders, Contest("fake", 10_000, 5_000, 32, until=0.02))
+    assert [len(result.episodes) for result in comparison.results.values()] == [64, 64]
+    assert comparison.verdict.startswith("undecided, stopped: 64 episodes") and comparison.stopped
+    assert "undecided, stopped" in shown(comparison)
+    stored = json.loads(write(comparison, tmp_path)[0].read_text())
+    assert stored["verdict"] == comparison.verdict and stored["seeds"] == [10_000, 10_063]
+    assert sum(stored["pairs"][0][name] for name in ("both", "only_a", "only_b", "neither")) == 64
+    with pytest.raises(KeyboardInterrupt):
+        play([contenders[0], stopping(policy("b", 0.5), 0)], Contest("fake", 10_000, 5_000, 32, until=0.02))
+
+
+def test_ctrl_c_keeps_the_policies_that_are_finished(tmp_path):
+    contenders = [policy("a", 0.5), policy("b", 0.8), stopping(policy("c", 0.5), 1)]
+    comparison = play(contenders, Contest("fake", 10_000, 64, 32))
+    assert list(comparison.results) == ["a", "b"] and comparison.pairs["b"].episodes == 64
+    assert "stopped by hand: c not finished, so left out" in shown(comparison)
+    assert json.loads(write(comparison, tmp_path)[0].read_text())["stopped"] == comparison.stopped
+    alone = play([contenders[0], contenders[2]], Contest("fake", 10_000, 64, 32))
+    assert list(alone.results) == ["a"] and alone.pairs == {} and "a: success" in shown(alone)
+    assert json.loads(write(alone, tmp_path)[0].read_text())["pairs"] == []
+    with pytest.raises(KeyboardInterrupt):
+        play(contenders[::-1], Contest("fake", 10_000, 64, 32))
+
+
+def test_ctrl_c_ends_the_command_with_one_line(tmp_path, monkeypatch):
+    from reinflow_so101.commands import evaluate
+
+    made, load = [], evaluate.load_actor
+
+    def load_twice(config, policy_dir):
+        made.append(policy_dir)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return load(config, policy_dir)
+
+    monkeypatch.setattr(evaluate, "load_actor", load_twice)
+    flags = ["--compare", "flow_mlp", "flow_mlp", "--episodes", "2", "--output-dir", str(tmp_path / "c")]
+    with pytest.raises(UserError, match="stopped by hand: what was finished is in"):
+        evaluate.run(parse_args(flags))
+    assert len(json.loads((tmp_path / "c/compare.json").read_text())["policies"]) == 1
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_actor", stop)
+    for flags in (["--compare", "flow_mlp", "flow_mlp"], ["--policy-path", "flow_mlp"]):
+        with pytest.raises(UserError, match="nothing was written"):
+            evaluate.run(parse_args([*flags, "--output-dir", str(tmp_path / "d")]))
+        assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("name", ["x[/a]", "[bold]/p", "[red]"])
+def test_names_are_shown_as_they_are(name, monkeypatch):
+    """On a terminal too, where a bar bears the name."""
+    from reinflow import progress
+
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    monkeypatch.setattr(progress, "SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr(progress.rich, "get_console", lambda: console)
+    comparison = play([policy(name, 0.5), policy(f"{name}{name}", 0.8)], Contest("fake", 10_000, 40, 8))
+    assert f"{name}, episodes" in console.file.getvalue()
+    said = shown(comparison)
+    for text in (f"{name}: success", f"{name} succeeds", f"{name}{name} fails", f"{name}{name} against {name} on"):
+        assert text in said
+
+
+def test_what_was_played_is_filed(tmp_path, capsys):
+    flags = ["--compare", "flow_mlp", str(find_policy("flow_mlp")), "--episodes", "2", "--num-denoising-steps", "2"]
+    comparison = run_compare(parse_args([*flags, "--output-dir", str(tmp_path / "c")]))
+    stored = json.loads((tmp_path / "c/compare.json").read_text())
+    assert stored["task"] == comparison.contest.task == describe(stored_env(find_policy("flow_mlp")))
+    weights = sha256(find_policy("flow_mlp") / "model.safetensors")
+    said = capsys.readouterr().out
+    for played in stored["policies"]:
+        assert played["directory"] == str(find_policy("flow_mlp").resolve()) and played["sha256"] == weights
+        assert played["num_denoising_steps"] == 2 and played["n_action_steps"] > 0
+        assert f"{played['name']}: policy: {played['directory']}, weights {weights[:12]}, K 2" in said
+    assert stored["seeds"] == [10_000, 10_001]
+
+
 def test_what_is_judged_by_return_is_compared_by_return(tmp_path):
     paid = [policy("old", 1.0, env=PaidEnv), policy("new", 2.0, noise=0.5, env=PaidEnv)]
     comparison = play(paid, Contest("fake", 10_000, 44, 8))
@@ -150,7 +246,7 @@ def test_different_tasks_are_refused_unless_one_is_said(tmp_path):
         run_compare(parse_args(flags))
     assert not (tmp_path / "c").exists()
     comparison = run_compare(parse_args([*flags, "--task", "lift"]))
-    assert comparison.contest.task.startswith("lift (") and comparison.contest.task.endswith("as --task says")
+    assert comparison.contest.task.startswith("lift (") and comparison.contest.task.endswith(")")
     (paired,) = comparison.pairs.values()
     assert paired.difference == 0  # the same weights in the same task
     longer = run_compare(
@@ -184,6 +280,8 @@ def test_until_has_a_cap_of_its_own(tmp_path):
     flags = ["--compare", "tiny", "tiny", "--output-dir", str(tmp_path)]
     assert parse_args(flags).episodes == 200 and parse_args([*flags, "--until", ".03"]).episodes == 20_000
     assert parse_args([*flags, "--until", ".03", "--episodes", "700"]).episodes == 700
+    for nothing in ("0", "0.0"):
+        assert parse_args([*flags, "--until", nothing]).episodes == 200
 
 
 def test_the_first_noise_is_the_seeds_and_measured(tmp_path):

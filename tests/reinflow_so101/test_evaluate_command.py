@@ -7,12 +7,13 @@ import shutil
 import pytest
 
 from reinflow import ConfigError
+from reinflow.checksums import sha256
 from reinflow.evaluate import read_eval_info
 from reinflow_so101.command_line import field_docs
 from reinflow_so101.commands.evaluate import EvalConfig, find_policy, parse_args, run_eval
 from reinflow_so101.policy_card import known_env, stored_env, write_card
 from so101_sim.config import EnvConfig
-from so101_sim.tasks.registry import nearest_task, task_env
+from so101_sim.tasks.registry import describe, nearest_task, task_env
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +152,18 @@ def test_another_rate_than_the_policys_is_said_and_an_empty_folder_goes(tmp_path
     with pytest.raises(ConfigError):
         run_eval(parse_args([*flags, str(tmp_path / "b"), "--normalization", "nosuch"]))
     assert not (tmp_path / "b").exists()
+    (tmp_path / "mine").mkdir()
+    for own, gone in (("mine", False), ("mine/new", True), ("fresh/deep", True)):
+        with pytest.raises(ConfigError):
+            run_eval(parse_args([*flags, str(tmp_path / own), "--normalization", "nosuch"]))
+        assert (tmp_path / own).exists() is not gone
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_what_cannot_work_is_refused_before_anything_is_played(tmp_path):
     for changes, problem in (
         ({"seed": -1}, "seed must"), ({"episodes": 0}, "episodes must"), ({"num_parallel_envs": 0}, "num_parallel"),
-        ({"video_episodes": 10**6}, "video_episodes must"), ({"n_action_steps": -1}, "n_action_steps must"),
+        ({"video_episodes": 33}, "video_episodes must"), ({"n_action_steps": -1}, "n_action_steps must"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=problem):
             run_eval(EvalConfig("tiny", str(tmp_path / "eval"), **changes))
@@ -173,6 +180,45 @@ def test_a_card_with_nonsense_is_one_line(tmp_path, env):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=next(iter(env))):
         stored_env(tmp_path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nOpenGL"), KeyboardInterrupt()])
+def test_a_film_that_fails_takes_no_result_with_it(tmp_path, monkeypatch, capsys, error):
+    from reinflow_so101 import films
+    from reinflow_so101.commands import evaluate
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(films, "film_episodes", fail)
+    out = tmp_path / "e"
+    monkeypatch.setattr(
+        "sys.argv",
+        ["reinflow-eval", "--policy-path", "flow_mlp", "--episodes", "3", "--output-dir", str(out), "--video"],
+    )
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    why = "stopped by hand" if isinstance(error, KeyboardInterrupt) else "no OpenGL"
+    assert ended.value.code.startswith(f"reinflow-eval: the evaluation is kept in {out}, its video failed ({why})")
+    assert "\n" not in ended.value.code and "success " in capsys.readouterr().out
+    result = read_eval_info(out / "eval_info.json")
+    assert len(result.episodes) == 3 and result.video_paths == [] and (out / "episodes.csv").is_file()
+
+
+def test_the_evaluation_says_which_policy_was_played(act_policy, tmp_path, capsys):
+    run_eval(parse_args(["--policy-path", "flow_mlp", "--episodes", "1", "--output-dir", str(tmp_path / "m")]))
+    run_eval(parse_args(["--policy-path", str(act_policy), "--episodes", "1", "--output-dir", str(tmp_path / "a")]))
+    said = capsys.readouterr().out
+    for name, directory, sizes in (
+        ("m", find_policy("flow_mlp"), {"num_denoising_steps", "n_action_steps"}),
+        ("a", act_policy, {"n_action_steps"}),
+    ):
+        info = json.loads((tmp_path / name / "eval_info.json").read_text())
+        played = info["policy"]
+        assert played["directory"] == str(directory.resolve()) and set(played) == {"directory", "sha256"} | sizes
+        assert played["sha256"] == sha256(directory / "model.safetensors") and played["n_action_steps"] > 0
+        assert f"policy: {played['directory']}, weights {played['sha256'][:12]}" in said
+        assert info["task"] == describe(stored_env(directory))
 
 
 def test_what_came_out_is_told_and_filed_and_failures_are_filmed_first(tmp_path, capsys):
