@@ -115,6 +115,42 @@ def test_a_named_checkpoint_is_gone_on_from_and_what_came_later_is_kept(tmp_path
     assert figures(tmp_path) == before  # the same iterations, played again
 
 
+def test_results_of_an_end_are_set_aside_when_training_goes_on(tmp_path, capsys):
+    names = ("eval_after*", "report.html", "films/after.mp4", "nosuch.txt")
+    first = make_run(tmp_path)
+    first.results = names
+    iterate(first.start())
+    (tmp_path / "films").mkdir()
+    for name in ("eval_before.json", "eval_after.json", "report.html", "films/before.mp4", "films/after.mp4"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "eval_after").mkdir()
+    for episodes in (16, 24):  # all of 16 are done
+        resumed = make_run(tmp_path, episodes)
+        resumed.results, resumed.changeable = names, {"num_episodes"}
+        iterate(resumed.resume())
+        assert (tmp_path / "report.html").exists() == (episodes == 16)
+    (aside,) = (tmp_path / "set_aside").iterdir()
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "after.mp4", "eval_after", "eval_after.json", "report.html",
+    ]  # fmt: skip
+    assert (tmp_path / "eval_before.json").exists() and (tmp_path / "films/before.mp4").exists()
+    assert f"results before training went on are kept in {aside}" in capsys.readouterr().out
+
+
+def test_a_signal_after_the_end_says_that_the_policy_is_saved(tmp_path, capsys):
+    run = make_run(tmp_path).start()
+    with run:
+        for _ in run.iterations():
+            act_and_learn(run)
+            run.log()
+        run.finish()
+        capsys.readouterr()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.stop_requested
+    said = capsys.readouterr().out
+    assert "SIGINT: the policy is saved, the report is being stopped (once more" in said and "iteration" not in said
+
+
 def test_a_damaged_last_checkpoint_is_left_for_an_earlier_one(tmp_path):
     iterate(make_run(tmp_path, save_interval=4).start())
     arrays = tmp_path / "checkpoints/last/training_state/arrays.safetensors"

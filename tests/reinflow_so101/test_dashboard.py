@@ -4,6 +4,7 @@ import json
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -92,6 +93,17 @@ def test_the_best_policy_and_the_page_are_kept(run_dir, log):
     assert page.path == "report.html" and page.size == (run_dir / "report.html").stat().st_size
     said = (run_dir.parent / "said").read_text()
     assert "artifact policy, " in said and "artifact report, " in said
+
+
+def test_what_is_kept_is_of_a_finished_run_stopped_or_not(tmp_path):
+    kept = []
+    tracker = SimpleNamespace(artifact=lambda path, name, kind: kept.append((path, name)))
+    run = SimpleNamespace(run_dir=tmp_path, tracker=tracker, kept=tmp_path / "best", stop_requested=True, progress=0.9)
+    dashboard.keep_results(run)
+    assert kept == []
+    run.progress = 1.0
+    dashboard.keep_results(run)
+    assert kept == [(tmp_path / "best/pretrained_model", "policy")]
 
 
 def made_up(places: list[float]) -> EvalResult:

@@ -163,6 +163,9 @@ def test_policies_side_by_side_by_a_command(tmp_path: Path, capsys: pytest.Captu
         (FilmConfig(("tiny",), "f.mp4", titles=("a", "b")), "2 of 1: one each"),
         (FilmConfig(("tiny",), "f.mp4", seeds=(-1,)), "at least 0"),
         (FilmConfig(("nosuch",), "f.mp4"), "nosuch is no run"),
+        (FilmConfig(("tiny",), "f.mp4", seeds=tuple(range(35))), r"seeds: 35 .* at most 34, or write a .gif"),
+        (FilmConfig(("tiny",) * 23, "f.mp4"), "policies: 23 .* at most 22"),
+        (FilmConfig(("nosuch",), "f.gif", seeds=tuple(range(35))), "nosuch is no run"),
     ],
 )
 def test_a_film_that_cannot_be_is_refused_at_once(config: FilmConfig, problem: str) -> None:

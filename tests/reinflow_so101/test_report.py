@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from reinflow import ConfigError, UserError
+from reinflow.checkpoint import stored_value
 from reinflow.doctor import Doctor
 from reinflow.env import Extra
-from reinflow.evaluate import EpisodeRow, EvalResult, write_eval_info
+from reinflow.evaluate import EpisodeRow, EvalResult, read_eval_info, write_eval_info
 from reinflow.metrics import read_metrics
 from reinflow_so101.commands.report import make_report, parse_args
 from reinflow_so101.doctor_rules import RULES
@@ -25,9 +26,10 @@ from reinflow_so101.report.charts import algorithm_charts, phase_totals, reward_
 from reinflow_so101.report.curves import grouped, learning_curve
 from reinflow_so101.report.episodes import choose, kinds_of, map_charts, outcome_rows, worst_drawn
 from reinflow_so101.report.files import MOST_POINTS, read_run, read_runs
-from reinflow_so101.report.films import ShownFilm, Take, within
+from reinflow_so101.report.films import ShownFilm, Take, make_films, within
 from reinflow_so101.report.page import MOST_BYTES, make_page, write_report
 from reinflow_so101.report.tables import beyond_preset, differing
+from so101_sim.renderer import RenderError
 from tests.browser import LAPTOP, PHONE, open_page
 
 ROOT = Path(__file__).parents[2]
@@ -360,6 +362,56 @@ def test_a_training_writes_its_report_and_names_it(trained):
     assert "frozen: " in start["manifest"] and start["preset"]["num_episodes"] == 4_224
     text = (trained / "report.html").read_text()
     assert "frozen: " in text and "None in this report" in text  # four reporting episodes are a trial
+
+
+def test_a_training_says_which_weights_its_evaluations_played(trained):
+    before, after = (json.loads((trained / f"eval_{when}.json").read_text())["policy"] for when in ("before", "after"))
+    policy = (trained / "checkpoints/best/pretrained_model").resolve()
+    assert after["sha256"] == hashlib.sha256((policy / "model.safetensors").read_bytes()).hexdigest()
+    assert after["directory"] == str(policy) and after["iteration"] == int(policy.parent.name)
+    assert before["sha256"] == stored_value(policy.parent, "start_weights")
+    assert read_run(trained, "run").doubts == {}
+
+
+def test_films_say_where_they_differ_from_the_evaluations_and_on_which_device(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    config = json.loads((run / "config.json").read_text()) | {"device": "mps"}  # which no machine has that has CUDA
+    (run / "config.json").write_text(json.dumps(config))
+    (run / ".config.json.checksums.json").unlink()
+    kinds = kinds_of(*(read_eval_info(trained / f"eval_{when}.json") for when in ("before", "after")))
+    seed = next(iter(choose(kinds, 1)))
+    info = json.loads((run / "eval_after.json").read_text())
+    row = next(row for row in info["per_episode"] if row["seed"] == seed)
+    row["success"], row["outcome"] = not row["success"], "made_up"
+    info["per_episode"] = [row]
+    (run / "eval_after.json").write_text(json.dumps(info))
+    read = read_run(run, "run")
+    films = make_films(read, 1)
+    (film,) = films.shown
+    assert film.seed == seed and film.remark == "the evaluation has it otherwise, after: made up"
+    assert film.kind == kinds[seed] and re.search(r"filmed on (cpu|cuda), as the run's device \(mps\)", films.remark)
+    asked = []
+    assert "a signal stopped them" in make_films(read, 1, stopped=lambda: len(asked) > 3 or asked.append(1)).remark
+    assert len(asked) == 4  # in the middle of an episode
+
+
+def test_a_scene_that_cannot_be_drawn_is_tried_once(trained, monkeypatch):
+    tried = []
+
+    def no_display(act, config, seeds, title):
+        tried.append(title)
+        raise RenderError("no OpenGL here")
+
+    monkeypatch.setattr("reinflow_so101.films.film_episodes", no_display)
+    assert make_films(read_run(trained, "run"), 1).remark == "no films: no OpenGL here" and tried == ["before"]
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_the_films(trained, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("reinflow_so101.report.page.film_all", lambda *_: pytest.fail("films were made"))
+    with pytest.raises(OSError, match="file"):
+        write_report([trained], tmp_path / "file/report.html", films=1)
 
 
 def test_a_report_that_cannot_be_written_ends_nothing(tmp_path, capsys):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from textwrap import dedent
 from typing import Any
 
 import mujoco
@@ -127,3 +128,24 @@ def test_a_renderer_that_cannot_start_says_what_to_do(work: str) -> None:
     assert done.returncode != 0
     assert "RenderError: cannot render off screen with MUJOCO_GL='osmesa'" in done.stderr
     assert "apt-get install" in done.stderr
+
+
+def test_what_could_not_start_is_not_tried_again() -> None:
+    """A second context of MuJoCo's after one that failed ends the process."""
+    code = """
+        import os
+        os.environ.pop("DISPLAY", None)
+        os.environ["MUJOCO_GL"] = "glfw"
+        from so101_sim.config import EnvConfig
+        from so101_sim.renderer import RenderError
+        from so101_sim.scene import PickScene
+        scene, said = PickScene(EnvConfig()), set()
+        for _ in range(3):
+            try:
+                scene.make_renderer()
+            except RenderError as error:
+                said.add(str(error))
+        print(said)
+    """
+    done = run(dedent(code))
+    assert done.returncode == 0 and done.stdout.count("MUJOCO_GL='glfw'") == 1
