@@ -196,10 +196,10 @@ def stock_actor(config: EvalConfig, policy_dir: Path) -> tuple[Act, int]:
 
 
 def say_policy(identity: Mapping[str, Any]) -> str:
-    """``policy: DIRECTORY, weights 1a2b3c4d5e6f, K 4, 50 actions a chunk``."""
+    """``DIRECTORY, weights 1a2b3c4d5e6f, K 4, 50 actions a chunk``."""
     k = f", K {identity['num_denoising_steps']}" if "num_denoising_steps" in identity else ""
     executed = f"{identity['n_action_steps']} actions a chunk"
-    return f"policy: {identity['directory']}, weights {identity['sha256'][:12]}{k}, {executed}"
+    return f"{identity['directory']}, weights {identity['sha256'][:12]}{k}, {executed}"
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
@@ -218,7 +218,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     with made(out):
         print(f"task: {say_world(elsewhere)}" if elsewhere else which_task(config, policy_dir))
         act, identity = load_actor(config, policy_dir)
-        print(say_policy(identity))
+        print(f"policy: {say_policy(identity)}")
         result = evaluate_seeds(act, make_env, config.seed, config.episodes, config.num_parallel_envs)
         group = elsewhere.env_id if elsewhere else TASK_GROUP
         played = {"policy": identity, "task": say_world(elsewhere or config.env)}

@@ -198,7 +198,7 @@ def test_what_was_played_is_filed(tmp_path, capsys):
     for played in stored["policies"]:
         assert played["directory"] == str(find_policy("flow_mlp").resolve()) and played["sha256"] == weights
         assert played["num_denoising_steps"] == 2 and played["n_action_steps"] > 0
-        assert f"{played['name']}: policy: {played['directory']}, weights {weights[:12]}, K 2" in said
+        assert f"{played['name']}: {played['directory']}, weights {weights[:12]}, K 2" in said
     assert stored["seeds"] == [10_000, 10_001]
 
 
