@@ -264,7 +264,7 @@ def run(config: CheckArmConfig) -> None:
     table = Table("what", "", "found", title=escape(f"{config.policy} on {config.robot_config}"))
     colours = {"ok": "green", "look": "yellow", "error": "red"}
     for finding in findings:
-        table.add_row(finding.what, f"[{colours[finding.verdict]}]{finding.verdict}[/]", escape(finding.text))
+        table.add_row(escape(finding.what), f"[{colours[finding.verdict]}]{finding.verdict}[/]", escape(finding.text))
     Console().print(table)
     if wrong := [finding.what for finding in findings if finding.verdict == "error"]:
         raise ArmError(f"do not run it yet: {', '.join(wrong)}")

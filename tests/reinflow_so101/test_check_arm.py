@@ -93,6 +93,15 @@ def test_what_would_go_wrong_is_an_error(tmp_path, changes, options, what, text)
         run(CheckArmConfig("tiny", file, **{"speeds": False, **options}))
 
 
+def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):
+    (tmp_path / "x[/a]").mkdir(parents=True)
+    cameras = {f"{name}[/b]": camera for name, camera in CAMERAS.items()}
+    with pytest.raises(ArmError, match="cameras"):
+        run(CheckArmConfig("tiny", arm(tmp_path / "x[/a]", cameras=cameras), speeds=False))
+    said = "".join(capsys.readouterr().out.split())
+    assert "x[/a]" in said and "[/b]" in said
+
+
 def test_what_to_look_at(tmp_path):
     wide = {**CAMERAS["camera_up"], "width": 640, "fps": 30}
     file = arm(tmp_path, cameras=CAMERAS | {"camera_up": wide}, max_relative_target=None)

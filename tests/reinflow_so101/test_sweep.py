@@ -139,6 +139,12 @@ def test_a_verdict_needs_both_the_seeds_and_the_episodes():
     assert "no spread" in verdict([result("a", 0, 0.85)], None)
 
 
+def test_brackets_in_names_are_shown_as_they_are(capsys):
+    sweep_report.print_table([result(name, seed, 0.7) for name in ("baseline", "x[/a]", "[red]") for seed in range(3)])
+    said = capsys.readouterr().out
+    assert "x[/a]" in said and "[red]" in said
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> tuple[Path, str]:
     """A real sweep of a baseline and a run that must fail, stopped by Ctrl-C; what it printed."""
