@@ -288,9 +288,11 @@ def missing_evaluations(run: RunFiles) -> Remark | None:
         return None if change_of(run) else different
     if run.state == "running" and absent == ["after"]:
         return Remark("The run is at work: the evaluation after training comes at its end.")
+    why = "a run does that with --report-episodes above 0"
+    if run.config.get("report_episodes") and run.state != "finished" and absent == ["after"]:
+        why = "the run was ended before its last episode, after which it does that"
     return Remark(
-        f"Not evaluated {' and '.join(absent)} training: a run does that with --report-episodes above 0. To make up "
-        "for it:",
+        f"Not evaluated {' and '.join(absent)} training: {why}. To make up for it:",
         [eval_command(run, when) for when in absent],
     )
 

@@ -341,6 +341,14 @@ def test_a_run_that_just_began_has_a_page(tmp_path, rows):
     assert "the run has no checkpoint yet" in text
 
 
+@pytest.mark.parametrize(("wanted", "said"), [(0, "with --report-episodes above 0"), (40, "before its last episode")])
+def test_why_a_stopped_run_was_not_evaluated(tmp_path, wanted, said):
+    run = recorded(tmp_path / "run", report_episodes=wanted, num_episodes=10**6)
+    (run / "eval_after.json").unlink()
+    missing = make_page([read_run(run, "run")]).runs[0].missing
+    assert missing and said in missing.text and missing.commands[0].endswith(f"--output-dir {run}/eval_after")
+
+
 def test_a_gymnasium_run_is_judged_by_its_return(tmp_path):
     run = recorded(tmp_path / "run", env_id="Hopper-v5", model_type="flow_mlp")
     page = make_page([read_run(run, "run")])
