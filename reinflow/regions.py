@@ -65,12 +65,16 @@ def success_by_region(result: EvalResult) -> list[Region]:
 
 
 def worst_region(result: EvalResult) -> Region | None:
+    """`worst_of` the regions of an evaluation."""
+    return worst_of(success_by_region(result))
+
+
+def worst_of(regions: Sequence[Region]) -> Region | None:
     """The region that is surely bad rather than unlucky: the one whose interval ends lowest. None without two regions,
     or where nothing failed in it.
 
     It is the worst of several and was chosen by what happened in it, so it looks worse than it is.
     """
-    regions = success_by_region(result)
     worst = min(regions, key=lambda region: region.interval[1]) if len(regions) > 1 else None
     return worst if worst and worst.rate < 1 else None
 

@@ -13,7 +13,7 @@ import numpy as np
 from reinflow.env import Extra
 from reinflow.evaluate import EvalResult
 from reinflow.paired import PairError, compare
-from reinflow.regions import Region
+from reinflow.regions import Region, worst_of
 from reinflow_so101.report.charts import Chart, Trace, number
 
 EPISODES_PER_CELL = 16  # on average, so that a cell's share means something
@@ -146,11 +146,8 @@ def drawn_axes(results: Mapping[str, EvalResult]) -> list[Axes]:
 
 
 def worst_drawn(results: Mapping[str, EvalResult], when: str) -> Region | None:
-    """The drawn cell that is surely bad rather than unlucky, as reinflow.regions chooses it: its interval ends lowest.
-    None without two cells, or where nothing fails."""
-    cells = [cell for axes in drawn_axes(results) for cell in cells_of(results[when], axes).values()]
-    worst = min(cells, key=lambda cell: cell.interval[1]) if len(cells) > 1 else None
-    return worst if worst and worst.rate < 1 else None
+    """The worst of the drawn cells; None without two, or where nothing fails."""
+    return worst_of([cell for axes in drawn_axes(results) for cell in cells_of(results[when], axes).values()])
 
 
 def map_charts(place: int, results: Mapping[str, EvalResult]) -> tuple[list[Chart], str]:
