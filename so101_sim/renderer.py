@@ -27,7 +27,7 @@ class RenderError(UserError, RuntimeError):
     """No off-screen OpenGL context could be made."""
 
 
-_failures: dict[str, str] = {}
+_failures: dict[str, Exception] = {}
 """What this process could not start, by backend: where MuJoCo's context failed once, a second one ends the process
 (SIGABRT)."""
 
@@ -70,20 +70,20 @@ class SceneRenderer:
         self._model, self._data = model, mujoco.MjData(model)
         model.vis.global_.offwidth = model.vis.global_.offheight = size  # a larger buffer is cleared for nothing
         backend = gl_backend()
+        if backend not in _failures:
+            try:
+                self._gl = _gl_context_class(backend)(size, size)
+                self._gl.make_current()
+                self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+                mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+            except Exception as error:  # GL backends raise anything: ImportError, AttributeError, EGLError, FatalError
+                _failures[backend] = error.with_traceback(None)
         if backend in _failures:
-            raise RenderError(_failures[backend])
-        try:
-            self._gl = _gl_context_class(backend)(size, size)
-            self._gl.make_current()
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        except Exception as error:  # GL backends raise anything: ImportError, AttributeError, EGLError, FatalError
-            _failures[backend] = (
-                f"cannot render off screen with MUJOCO_GL={backend!r}: {error}. On Linux install EGL "
+            raise RenderError(
+                f"cannot render off screen with MUJOCO_GL={backend!r}: {_failures[backend]}. On Linux install EGL "
                 "(apt-get install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl, or install libosmesa6 and set "
                 "MUJOCO_GL=osmesa; or do without images: render_images=False with environment_state=True"
-            )
-            raise RenderError(_failures[backend]) from error
+            ) from _failures[backend]
         self.in_software = _draws_in_software()
         self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
         self._free.atexit = False  # its own exit hook may run after EGL's; ours, registered later, runs before
