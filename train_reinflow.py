@@ -303,9 +303,10 @@ class TrainingConfig:
     a key is known and the server answers, else offline."""
     wandb_project: str = "reinflow-smolvla"
     """Project on Weights & Biases."""
-    prefix_cache: Literal["auto", "kv", "embeddings", "none"] = "auto"
-    """What a rollout keeps of the frozen prefix: kv (an update runs the action expert alone), embeddings (and the
-    language model), none (and the vision tower); auto takes the first that fits, on CUDA in host memory if need be."""
+    prefix_cache: Literal["auto", "heads", "kv", "embeddings", "none"] = "auto"
+    """What a rollout keeps of the frozen part: heads (where they alone learn, what they read: an update runs nothing
+    else), kv (an update runs the action expert), embeddings (and the language model), none (and the vision tower);
+    auto takes the first that fits, on CUDA in host memory if need be."""
     prefix_cache_gb: Annotated[float, Range(0, 1e6)] = 0.0
     """Memory for it on the policy's device in GiB; 0 takes half of what is free at the start."""
     compile_expert: bool = False

@@ -102,6 +102,7 @@ class Transition(NamedTuple):
     euler: Tensor  # (B, C, D) the ODE's next state
     mean: Tensor  # (B, C, D)
     std: Tensor  # (B, M, A)
+    head_input: Tensor  # (B, C, F) what the policy's head made its velocity of
 
 
 class ChainSample(NamedTuple):
@@ -111,6 +112,7 @@ class ChainSample(NamedTuple):
     log_prob: Tensor  # (B, G)
     noise_std: Tensor  # (B,) mean std of the row's noise
     noisy: Tensor  # (B, K') indices of the denoising steps that drew noise; (B, 0) without exploration
+    head_inputs: Tensor | None = None  # (B, K', C, F) in those steps, where the policy keeps them
 
 
 class ChainScore(NamedTuple):
@@ -152,7 +154,9 @@ def time_grid(num_denoising_steps: int, device: torch.device | str = "cpu") -> T
     return torch.tensor([1.0 + k * dt for k in range(num_denoising_steps)], dtype=torch.float32, device=device)
 
 
-def transition(policy: FlowPolicy, context: Context, x_t: Tensor, time: Tensor, spec: ChainSpec) -> Transition:
+def transition(
+    policy: FlowPolicy, context: Context, x_t: Tensor, time: Tensor, spec: ChainSpec, head_input: Tensor | None = None
+) -> Transition:
     """The one kernel: the distribution of x_{k+1} given x_k. Nothing is clamped.
 
     Args:
@@ -161,22 +165,27 @@ def transition(policy: FlowPolicy, context: Context, x_t: Tensor, time: Tensor, 
         x_t: (B, C, D) noised actions.
         time: (B,) flow time of every row.
         spec: the chain's definition.
+        head_input: (B, C, F) what the head read at x_t when the policy acted: nothing else is run then, and
+            ``context`` is not read.
     """
-    velocity, features = policy.velocity(context, x_t, time)
+    if head_input is None:
+        velocity, features = policy.velocity(context, x_t, time)
+    else:
+        velocity, features = policy.head_velocity(head_input), head_input
     euler = x_t + (-1.0 / spec.num_denoising_steps) * velocity
     n = policy.n_action_steps
     if spec.chain_noise == "flow_sde":
-        return _flow_sde(policy, x_t, velocity, euler, time, spec)
+        return Transition(euler, *_flow_sde(policy, x_t, velocity, euler, time, spec), features)
     std = policy.noise_std(features[:, :n])  # (B, n, A)
     if spec.noise_basis == "dct":
         std = std.mean(dim=1, keepdim=True).expand(-1, spec.num_coordinates(n), -1)
-    return Transition(euler, euler, std)
+    return Transition(euler, euler, std, features)
 
 
 def _flow_sde(
     policy: FlowPolicy, x_t: Tensor, velocity: Tensor, euler: Tensor, time: Tensor, spec: ChainSpec
-) -> Transition:
-    """The noisy step of Flow-SDE; formulas at the top of this file."""
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of Flow-SDE's noisy step; formulas at the top of this file."""
     n, action_dim, dt = policy.n_action_steps, policy.action_dim, 1.0 / spec.num_denoising_steps
     t = time[:, None, None]
     variance = policy.noise_mlp.sigma_max**2 * t / (1 - t).clamp(min=dt)  # a unit of time, (B, 1, 1)
@@ -184,7 +193,7 @@ def _flow_sde(
     drift = _from_coordinates(_to_coordinates(drift, spec), n, spec)
     mean = euler - _pad_to(drift, euler)
     std = (dt * variance).sqrt().expand(-1, spec.num_coordinates(n), action_dim)
-    return Transition(euler, mean, std)
+    return mean, std
 
 
 def _pad_to(part: Tensor, whole: Tensor) -> Tensor:
@@ -277,6 +286,7 @@ def sample_chain(
         ValueError: flow_sde without ``noisy``.
     """
     x_t, states, log_probs, stds = initial_noise, [initial_noise], [], []
+    head_inputs: Tensor | None = None
     action_dim, batch, n = policy.action_dim, initial_noise.shape[0], policy.n_action_steps
     device = initial_noise.device
     times = time_grid(spec.num_denoising_steps, device)
@@ -289,6 +299,8 @@ def sample_chain(
         x_t = step.euler
         if exploration is not None and k in spec.noisy_steps():
             chosen = noisy == k  # (B, K')
+            if policy.keeps_head_inputs:
+                head_inputs = _fill(head_inputs, chosen, step.head_input)
             draws = chosen.any(1)[:, None, None]
             eps = (exploration * chosen[:, :, None, None]).sum(1)  # at most one of them
             x_t = torch.where(draws, step.mean, step.euler)
@@ -304,11 +316,23 @@ def sample_chain(
         zero = chain.new_zeros(batch, 1)
         return ChainSample(chain, zero, zero[:, 0], noisy)
     std = torch.stack(stds).sum(0) / noisy.shape[1]
-    return ChainSample(chain, _reduce(torch.stack(log_probs, 1), spec), std, noisy)
+    return ChainSample(chain, _reduce(torch.stack(log_probs, 1), spec), std, noisy, head_inputs)
+
+
+def _fill(kept: Tensor | None, chosen: Tensor, new: Tensor) -> Tensor:
+    """(B, K', C, F) with ``new`` (B, C, F) where ``chosen`` (B, K')."""
+    if kept is None:
+        kept = new.new_zeros(*chosen.shape, *new.shape[1:])
+    return torch.where(chosen[:, :, None, None], new[:, None], kept)
 
 
 def chain_log_prob(
-    policy: FlowPolicy, context: Context, chain: Tensor, spec: ChainSpec, noisy: Tensor | None = None
+    policy: FlowPolicy,
+    context: Context,
+    chain: Tensor,
+    spec: ChainSpec,
+    noisy: Tensor | None = None,
+    head_inputs: Tensor | None = None,
 ) -> ChainScore:
     """Score stored chains (B, K+1, C, D) with gradient, all noisy steps folded into one batch.
 
@@ -318,15 +342,19 @@ def chain_log_prob(
         chain: the stored denoising states.
         spec: the chain's definition, the same as at sampling.
         noisy: (B, K') indices of the denoising steps that drew noise; None: those of ``spec.noisy_steps``.
+        head_inputs: (B, K', C, F) what ``ChainSample`` kept: only the heads are run, and ``context`` is not read.
     """
     batch, repeats, n = chain.shape[0], spec.num_noisy_steps, policy.n_action_steps
     noisy = _all_rows(spec, batch, chain.device) if noisy is None else noisy
     rows = torch.arange(batch, device=chain.device)[:, None]
     x_t, x_next = chain[rows, noisy].flatten(0, 1), chain[rows, noisy + 1].flatten(0, 1)  # (B*K', C, D)
     time = time_grid(spec.num_denoising_steps, chain.device)[noisy].flatten()
-    context = policy.from_buffer(context)
-    folded = context if repeats == 1 else {k: v.repeat_interleave(repeats, dim=0) for k, v in context.items()}
-    step = transition(policy, folded, x_t, time, spec)
+    if head_inputs is None:
+        context = policy.from_buffer(context)
+        folded = context if repeats == 1 else {k: v.repeat_interleave(repeats, dim=0) for k, v in context.items()}
+        step = transition(policy, folded, x_t, time, spec)
+    else:
+        step = transition(policy, {}, x_t, time, spec, head_inputs.flatten(0, 1))
     action_dim = policy.action_dim
     delta = (x_next - step.mean)[:, :n, :action_dim]
     log_probs = _coordinate_log_prob(_to_coordinates(delta, spec), step.std)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from reinflow import ConfigError, UserError, ppo
 from reinflow.credit import Advantages, advantages_by_control_step, advantages_by_decision
-from reinflow.flow import ChainScore, ChainSpec, chain_log_prob, group_advantage, group_mask
+from reinflow.flow import ChainSpec, group_advantage, group_mask
 from reinflow.gradient_noise import GradientMemory, noise_scale
 from reinflow.natural import NaturalGradient
-from reinflow.policy import Context, FlowPolicy
+from reinflow.policy import FlowPolicy
 from reinflow.ppo import full_batches
 from reinflow.progress import tracked
 from reinflow.rollout import CreditPer, RolloutBuffer
+from reinflow.rollout_batch import RolloutBatch
 from reinflow.rounding import narrow_products
 from reinflow.training_state import load_optimizer
 from reinflow.update_log import MeanLog, Probe
@@ -62,33 +63,6 @@ class LearnerSettings:
     def batch_size(self) -> int:
         """Decisions that every optimiser step sees."""
         return self.minibatch_size * self.gradient_accumulation_steps
-
-
-@dataclass
-class RolloutBatch:
-    """A flattened rollout, B = T * N decisions."""
-
-    context: Context
-    chain: Tensor  # (B, K+1, C, D)
-    log_prob: Tensor  # (B, G)
-    mask: Tensor  # (B, G) bool
-    advantage: Tensor  # (B,) or (B, G), normalised over the rollout
-    anchor: Tensor  # (B, K', C, A) denoising steps of the starting policy; (B, 0) without an anchor
-    noisy: Tensor | None = None  # (B, K') denoising steps that drew noise
-
-    def __len__(self) -> int:
-        return len(self.advantage)
-
-    def __getitem__(self, rows: Tensor) -> RolloutBatch:
-        context = {name: tensor[rows] for name, tensor in self.context.items()}
-        rest = (self.chain, self.log_prob, self.mask, self.advantage, self.anchor)
-        noisy = None if self.noisy is None else self.noisy[rows]
-        chain, log_prob, mask, advantage, anchor = (tensor[rows] for tensor in rest)
-        return RolloutBatch(context, chain, log_prob, mask, advantage, anchor, noisy)
-
-    def score(self, policy: FlowPolicy, spec: ChainSpec) -> ChainScore:
-        """Of these chains under the current weights, with gradient."""
-        return chain_log_prob(policy, self.context, self.chain, spec, self.noisy)
 
 
 def make_policy_optimizer(policy: FlowPolicy, settings: LearnerSettings) -> torch.optim.Optimizer:
@@ -225,6 +199,7 @@ class PPOLearner:
             advantage=ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else valid),
             anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
             noisy=None if buffer.noisy is None else buffer.noisy.flatten(0, 1),
+            head_inputs=None if buffer.head_inputs is None else buffer.head_inputs.flatten(0, 1),
         )
         return data if bool(valid.all()) else data[valid.nonzero().flatten().cpu()]
 

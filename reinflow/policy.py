@@ -52,6 +52,12 @@ class FlowPolicy(nn.Module, ABC):
         return self.noise_mlp.sigma_min.device
 
     @property
+    def keeps_head_inputs(self) -> bool:
+        """Whether rollouts keep what ``head_velocity`` reads, so that an update runs the heads alone: everything before them is
+        frozen, which makes their inputs at the stored denoising states constants."""
+        return False
+
+    @property
     def rounded(self) -> list[nn.Parameter]:
         """Trainable parameters that act as bf16, over fp32 masters, because that is what an export's reader holds."""
         return []
@@ -81,6 +87,10 @@ class FlowPolicy(nn.Module, ABC):
     @abstractmethod
     def velocity(self, context: Context, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """(B, n, D) noised actions at (B,) flow times -> velocity (B, n, D) and noise features (B, n, F)."""
+
+    def head_velocity(self, features: Tensor) -> Tensor:
+        """The last step of ``velocity``: its noise features (B, C, F) -> velocity (B, C, D)."""
+        raise PolicyError(f"{type(self).__name__} does not keep the inputs of its head")
 
     def noise_std(self, features: Tensor) -> Tensor:
         """(B, n, F) noise features -> std of the exploration noise (B, n, A).

@@ -40,6 +40,7 @@ class RolloutBuffer:
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
     noisy: Tensor | None = None  # (T, N, K') denoising steps that drew noise; None: those of the ChainSpec
+    head_inputs: Tensor | None = None  # (T, N, K', C, F) in them, where the policy keeps what its head reads
     # Inside the chunks, with RolloutSettings(credit="control_step"). S: length of the simulator's privileged state.
     states: Tensor | None = None  # (T, N, n+1, S) before each control step and after the last; 0 after the end
     step_reward: Tensor | None = None  # (T, N, n)
@@ -267,6 +268,8 @@ def _row(
         "terminated": torch.as_tensor(result.terminated),
         "truncated": torch.as_tensor(result.truncated),
     }
+    if sample.head_inputs is not None:
+        row["head_inputs"] = sample.head_inputs
     return row | (_control_steps(current, result) if settings.credit == "control_step" else {})
 
 

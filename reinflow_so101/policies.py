@@ -39,7 +39,7 @@ class PolicySettings:
     critic_input: str
     critic_hidden_size: int
     seed: int
-    prefix_cache: Literal["auto", "kv", "embeddings", "none"]
+    prefix_cache: Literal["auto", "heads", "kv", "embeddings", "none"]
     prefix_cache_gb: float
     compile_expert: bool
     pi0_tokenizer_path: str

@@ -26,7 +26,7 @@ from reinflow.heads import NoiseHead, ReinFlowCritic
 from reinflow.policy import Context, FlowPolicy, PolicyError
 from reinflow.rounding import act_rounded
 from reinflow_vla.directory import OBS_IMAGES_PREFIX
-from reinflow_vla.prefix_cache import BATCH_PREFIX, PrefixCache, plan_prefix_cache, prefix_bytes
+from reinflow_vla.prefix_cache import BATCH_PREFIX, HEADS, PrefixCache, plan_prefix_cache, prefix_bytes
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,31 @@ class ReinFlowVLA(FlowPolicy):
         """Choose what rollouts of ``decisions`` keep, measured on one ``observation``; see plan_prefix_cache."""
         with torch.no_grad():
             sizes = prefix_bytes(self.encode_everything(self.preprocess(observation)))
+        if self.trains_heads_alone:
+            sizes[HEADS] = self.head_input_bytes
         device = str(self.device)
         self.prefix_cache = plan_prefix_cache(wanted, sizes, decisions, device, budget_gb)
         return self.prefix_cache
+
+    @property
+    def trains_heads_alone(self) -> bool:
+        """Whether everything before the velocity head is frozen."""
+        return not (self._trainable["time_mlp"] or self._trainable["full_expert"])
+
+    @property
+    def head_input_bytes(self) -> int:
+        """What the head reads in all denoising steps of a decision, fp32."""
+        return 4 * self.num_denoising_steps * self.denoised_steps * self.vla.model.action_out_proj.in_features
+
+    @property
+    def keeps_head_inputs(self) -> bool:
+        return self.prefix_cache.keep == HEADS
+
+    def head_velocity(self, features: Tensor) -> Tensor:
+        """(B, n, F) expert features -> velocity (B, n, D)."""
+        velocity: Tensor = self.vla.model.action_out_proj(features)
+        self._expert_features = None
+        return velocity
 
     def settled(self) -> dict[str, Any]:
         """What prefix_cache=auto came to: kv and recomputed prefixes agree to rounding only."""

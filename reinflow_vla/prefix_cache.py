@@ -2,11 +2,13 @@
 
 | keeps        | the update then runs, besides the action expert | a decision of SmolVLA, 3 cameras, bf16 |
 |--------------|--------------------------------------------------|----------------------------------------|
+| `heads`      | not even that: the heads alone                   | .14 MB for every denoising step        |
 | `kv`         | nothing                                          | 4.2 MB                                 |
 | `embeddings` | the language model over the stored embeddings    | .4 MB                                  |
 | `none`       | vision tower and language model over the images  | the images                             |
 
-All three give the same velocities to rounding: 1e-5 in fp32. A bf16 language model may round a recomputed prefix more
+``heads`` is for a policy of which only the heads learn: what they read at every stored denoising state was computed
+when the policy acted, and is a constant of the rollout. The other three give the same velocities to rounding: 1e-5 in fp32. A bf16 language model may round a recomputed prefix more
 coarsely, as its batch is another one; the ratio guard then says so, and `kv` is the remedy. Only what an update would
 read goes into the buffer.
 """
@@ -22,10 +24,12 @@ import torch
 
 from reinflow.policy import Context, PolicyError
 
-Keep = Literal["kv", "embeddings", "none"]
-KEEPS: tuple[Keep, ...] = ("kv", "embeddings", "none")  # fastest first
+Keep = Literal["heads", "kv", "embeddings", "none"]
+HEADS: Keep = "heads"
+KEEPS: tuple[Keep, ...] = ("kv", "embeddings", "none")  # ways of keeping the prefix, fastest first
 BATCH_PREFIX = "batch."  # names of preprocessed inputs inside a context
 STORED_BY: dict[Keep, tuple[str, ...]] = {
+    "heads": (),  # it lies beside the context
     "kv": ("kv",),
     "embeddings": ("embeddings", "attention"),
     "none": (BATCH_PREFIX,),
@@ -55,7 +59,8 @@ class PrefixCache:
     def describe(self, decisions: int) -> str:
         """One line for the start of a run."""
         size, place = self.bytes_per_decision / 2**20, "in host memory" if self.offload else "on the policy's device"
-        return f"prefix cache: {self.keep}, {size:.2f} MiB a decision, {decisions * size:.0f} MiB a rollout {place}"
+        what = "inputs of the heads, all that an update runs" if self.keep == HEADS else self.keep
+        return f"prefix cache: {what}, {size:.2f} MiB a decision, {decisions * size:.0f} MiB a rollout {place}"
 
 
 def prefix_bytes(context: Context) -> dict[Keep, int]:
@@ -73,7 +78,7 @@ def free_memory(device: str) -> float:
 
 
 def plan_prefix_cache(
-    wanted: Literal["auto", "kv", "embeddings", "none"],
+    wanted: Literal["auto", "heads", "kv", "embeddings", "none"],
     sizes: dict[Keep, int],
     decisions: int,
     device: str,
@@ -84,7 +89,7 @@ def plan_prefix_cache(
 
     Args:
         wanted: "auto" to choose.
-        sizes: bytes per decision, of ``prefix_bytes``.
+        sizes: bytes per decision, of ``prefix_bytes``; with "heads" among them where only the heads learn.
         decisions: per rollout.
         device: of the policy.
         budget_gb: memory for the cache in GiB; 0 takes half of what is free.
@@ -96,11 +101,17 @@ def plan_prefix_cache(
     places = [(False, budget_gb * GIB or SHARE_OF_FREE_MEMORY * free(device))]
     if device.startswith("cuda"):
         places.append((True, SHARE_OF_FREE_MEMORY * free("cpu")))
-    for keep in KEEPS if wanted == "auto" else (wanted,):
-        for offload, budget in places:
+    if wanted not in ("auto", *sizes):
+        raise PolicyError(
+            f"prefix_cache={wanted} needs all but the heads frozen: add --no-train-time-mlp --no-train-full-expert, or "
+            "set prefix_cache=auto"
+        )
+    ways: tuple[Keep, ...] = (HEADS, *KEEPS) if HEADS in sizes else KEEPS
+    for keep in ways if wanted == "auto" else (wanted,):
+        for offload, budget in places[:1] if keep == HEADS else places:
             if decisions * sizes[keep] <= budget:
                 return PrefixCache(keep, offload, sizes[keep])
-    least = min(decisions * sizes[keep] for keep in (KEEPS if wanted == "auto" else (wanted,)))
+    least = min(decisions * sizes[keep] for keep in (ways if wanted == "auto" else (wanted,)))
     raise PolicyError(
         f"prefix_cache={wanted} needs {least / GIB:.1f} GiB for {decisions} decisions, the budget is "
         f"{places[0][1] / GIB:.1f} GiB: lower episodes_per_iteration, raise prefix_cache_gb, or set prefix_cache=auto"
