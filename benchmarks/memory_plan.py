@@ -91,14 +91,16 @@ def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows
     context = policy.to_buffer(policy.encode(batch))
     noise = torch.zeros(rows, policy.n_action_steps, policy.padded_action_dim)
     shape = spec.noise_shape(policy.n_action_steps, policy.action_dim)
-    chain = sample_chain(policy, context, spec, noise, torch.randn(rows, *shape)).chain
+    drawn = sample_chain(policy, policy.encode(batch), spec, noise, torch.randn(rows, *shape))
+    chain, read = drawn.chain, drawn.head_inputs
 
     def encode() -> Any:
         return policy.encode({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
 
     def update() -> None:
         inputs = {name: tensor.clone() for name, tensor in context.items()}  # rows taken from the buffer
-        chain_log_prob(policy, inputs, chain.clone(), spec).log_prob.sum().backward()
+        head_inputs = None if read is None else read.clone()
+        chain_log_prob(policy, inputs, chain.clone(), spec, None, head_inputs).log_prob.sum().backward()
 
     def updates() -> None:
         update()
@@ -109,13 +111,14 @@ def compare(config: TrainingConfig, policy: ReinFlowVLA, passes: PassBytes, rows
     optimizer.zero_grad()
     storages = [t.untyped_storage() for t in (*policy.parameters(), *policy.buffers())]
     tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    kept = sum(t.nbytes for t in context.values()) / rows + chain.nbytes / rows
+    keep = policy.prefix_cache.keep
+    kept = (sum(t.nbytes for t in context.values()) + chain.nbytes + (0 if read is None else read.nbytes)) / rows
     return [
         Comparison("weights", passes.frozen + passes.policy + passes.critic, sum(tensors.values())),
-        Comparison("buffer, per decision", passes.kept["kv"] + passes.rest, kept),
+        Comparison("buffer, per decision", passes.kept[keep] + passes.rest, kept),
         Comparison(f"encoding, {rows} observations", passes.encode(rows), allocated_peak(encode)),
         Comparison(
-            f"forward and backward, {rows} decisions", passes.update("kv")(rows), allocated_peak(updates) - gradients
+            f"forward and backward, {rows} decisions", passes.update(keep)(rows), allocated_peak(updates) - gradients
         ),
     ]
 

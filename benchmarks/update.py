@@ -7,7 +7,8 @@
 
 Seconds of an update (256 decisions, 5 epochs; --decisions and --epochs are measured, then scaled up linearly), split
 into encode (getting the prefix back from the buffer), forward (the action expert), backward, optimiser (Adam over the
-whole expert, once per --accumulation minibatches). `cached` keeps keys and values and runs the executed tokens alone.
+whole expert, once per --accumulation minibatches). `cached` keeps keys and values and runs the executed tokens alone;
+`heads` trains the velocity head alone, on what it read when the policy acted, with Adam over that head.
 `naive` keeps the images, runs vision tower and language model for every minibatch, and all 50 tokens: what a trainer
 does that knows no cache.
 """
@@ -33,7 +34,7 @@ from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
 from reinflow.policy import Context
 from reinflow_smolvla import ReinFlowSmolVLA
 from reinflow_vla.base import TrainableGroups
-from reinflow_vla.prefix_cache import GIB, Keep, PrefixCache
+from reinflow_vla.prefix_cache import GIB, HEADS, Keep, PrefixCache
 from so101_mujoco_utils import model_dir
 
 CHUNK = 50
@@ -53,6 +54,11 @@ class Variant:
     steps: int  # K
     compiled: bool = False
 
+    @property
+    def heads_alone(self) -> bool:
+        """Whether nothing before the heads learns."""
+        return self.keep == HEADS
+
 
 @dataclasses.dataclass
 class Rollout:
@@ -60,6 +66,7 @@ class Rollout:
 
     context: Context
     chain: Tensor
+    head_inputs: Tensor | None = None
 
 
 def build(size: str, device: str, directory: Path, vlm_dtype: str) -> ReinFlowSmolVLA:
@@ -94,7 +101,8 @@ def roll_out(policy: ReinFlowSmolVLA, variant: Variant, context: Context) -> Rol
     rows, device, chain_spec = len(context["pad"]), context["pad"].device, spec(variant)
     x_0 = torch.randn(rows, variant.tokens, policy.padded_action_dim, device=device)
     eps = torch.randn(rows, *chain_spec.noise_shape(variant.tokens, policy.action_dim), device=device)
-    return Rollout(policy.to_buffer(context), sample_chain(policy, context, chain_spec, x_0, eps).chain)
+    drawn = sample_chain(policy, context, chain_spec, x_0, eps)
+    return Rollout(policy.to_buffer(context), drawn.chain, drawn.head_inputs)
 
 
 def spec(variant: Variant) -> ChainSpec:
@@ -108,9 +116,10 @@ def configure(policy: ReinFlowSmolVLA, variant: Variant) -> None:
     policy.compile_expert("inductor" if variant.compiled else None)
 
 
-def score(policy: ReinFlowSmolVLA, context: Context, chain: Tensor, variant: Variant) -> Tensor:
-    """Mean log-prob of the stored chains."""
-    return chain_log_prob(policy, context, chain, spec(variant)).log_prob.mean()
+def score(policy: ReinFlowSmolVLA, context: Context, rollout: Rollout, rows: Tensor, variant: Variant) -> Tensor:
+    """Mean log-prob of these stored chains."""
+    head_inputs = None if rollout.head_inputs is None else rollout.head_inputs[rows]
+    return chain_log_prob(policy, context, rollout.chain[rows], spec(variant), None, head_inputs).log_prob.mean()
 
 
 def update(
@@ -132,8 +141,8 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         for rows in torch.arange(len(rollout.chain)).split(args.minibatch):
             part = {name: tensor[rows] for name, tensor in rollout.context.items()}
-            measure("encode", partial(policy.from_buffer, part))
-            measure("forward", partial(score, policy, results["encode"], rollout.chain[rows], variant))
+            measure("encode", partial(dict, part) if variant.heads_alone else partial(policy.from_buffer, part))
+            measure("forward", partial(score, policy, results["encode"], rollout, rows, variant))
             measure("backward", results["forward"].backward)
         measure("optimiser", optimizer.step)
     passes = EPOCHS * DECISIONS / (args.epochs * args.decisions)
@@ -150,6 +159,7 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
         "cached": Variant("kv", executed, steps),
         "embeddings": Variant("embeddings", executed, steps),
         "naive": Variant("none", CHUNK, steps),
+        "heads": Variant(HEADS, executed, steps),
     }
     if args.compile:
         variants["compiled"] = dataclasses.replace(variants["cached"], compiled=True)
@@ -158,11 +168,14 @@ def compare(policy: ReinFlowSmolVLA, args: argparse.Namespace, steps: int, execu
     with torch.no_grad():
         everything = policy.encode_everything(batch)
     rollouts = {name: roll_out(policy, variant, everything) for name, variant in variants.items()}
+    groups = policy.trainable_groups()
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=0.0, fused=True)
+    of_heads = torch.optim.Adam([*groups["action_head"], *groups["noise_head"]], lr=0.0, fused=True)
     split: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in variants}
 
     def work(name: str) -> Callable[[], float]:
-        return lambda: update(policy, variants[name], rollouts[name], optimizer, args, split[name])
+        descends = of_heads if variants[name].heads_alone else optimizer
+        return lambda: update(policy, variants[name], rollouts[name], descends, args, split[name])
 
     warm = args.compile or not (args.quick or args.size == "real")
     times = interleaved({name: work(name) for name in variants}, args.repeats, warmups=int(warm))

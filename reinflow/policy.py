@@ -53,8 +53,8 @@ class FlowPolicy(nn.Module, ABC):
 
     @property
     def keeps_head_inputs(self) -> bool:
-        """Whether rollouts keep what ``head_velocity`` reads, so that an update runs the heads alone: everything before them is
-        frozen, which makes their inputs at the stored denoising states constants."""
+        """Whether rollouts keep what ``head_velocity`` reads, so that an update runs the heads alone: everything before
+        them is frozen, which makes their inputs at the stored denoising states constants."""
         return False
 
     @property

@@ -8,9 +8,9 @@
 | `none`       | vision tower and language model over the images  | the images                             |
 
 ``heads`` is for a policy of which only the heads learn: what they read at every stored denoising state was computed
-when the policy acted, and is a constant of the rollout. The other three give the same velocities to rounding: 1e-5 in fp32. A bf16 language model may round a recomputed prefix more
-coarsely, as its batch is another one; the ratio guard then says so, and `kv` is the remedy. Only what an update would
-read goes into the buffer.
+when the policy acted, and is a constant of the rollout. The other three give the same velocities to rounding: 1e-5 in
+fp32. A bf16 language model may round a recomputed prefix more coarsely, as its batch is another one; the ratio guard
+then says so, and `kv` is the remedy. Only what an update would read goes into the buffer.
 """
 
 from __future__ import annotations

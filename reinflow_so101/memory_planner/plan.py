@@ -219,8 +219,11 @@ def switches(config: MemoryConfig) -> Iterator[tuple[str, FlatConfig]]:
             yield f"--num-parallel-envs {envs}", replace(training, num_parallel_envs=envs, use_subproc_env=False)
     if training.model_type == "pi0" and training.peft_rank == 0 and training.train_full_expert:
         yield "--peft-rank 16", replace(training, peft_rank=16)
-    if training.train_full_expert:
-        yield "--no-train-full-expert", replace(training, train_full_expert=False, peft_rank=0)
+
+
+def heads_alone(training: FlatConfig) -> FlatConfig:
+    """The last resort, which learns less: an update runs nothing but the heads."""
+    return replace(training, train_full_expert=False, train_time_mlp=False, peft_rank=0, prefix_cache="auto")
 
 
 def advice(config: MemoryConfig, plan: Plan) -> str:
@@ -243,6 +246,12 @@ def advice(config: MemoryConfig, plan: Plan) -> str:
         flags.append(flag)
         if fits(make_plan(tried, traced(training)), config):
             return f"{limits} do not suffice; these switches together do it: {' '.join(flags)}"
+    for before, training in (([], config.training), (flags, tried.training)):
+        heads = replace(config, training=heads_alone(training))
+        if fits(make_plan(heads, traced(heads.training)), config):
+            kept = [flag for flag in before if not flag.startswith("--peft-rank")]
+            said = " ".join([*kept, "--no-train-full-expert --no-train-time-mlp"])
+            return f"{limits} do not suffice for the expert; the heads alone can be trained: {said}"
     return f"{limits} do not suffice, with no switch: a larger device or a smaller policy is needed"
 
 

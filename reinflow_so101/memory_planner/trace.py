@@ -28,7 +28,7 @@ from reinflow_so101.checks import FlatConfig
 from reinflow_so101.skeletons import skeleton
 from reinflow_vla.base import OBS_IMAGES_PREFIX, ReinFlowVLA
 from reinflow_vla.pi0_directory import replaced
-from reinflow_vla.prefix_cache import KEEPS, Keep, PrefixCache, prefix_bytes
+from reinflow_vla.prefix_cache import HEADS, KEEPS, Keep, PrefixCache, prefix_bytes
 from so101_mujoco_utils import ENVIRONMENT_STATE_NAMES, NUM_JOINTS
 
 TOKENS_OF_AN_INSTRUCTION = 8  # "pick up the block" and a newline in SmolVLM2's vocabulary, rounded up
@@ -161,11 +161,15 @@ def trace_passes(config: FlatConfig) -> PassBytes:
         with shapes_only():
             context = policy.to_buffer(policy.encode(blank_batch(policy, config, 4)))
             chain = torch.zeros(4, spec.num_denoising_steps + 1, policy.n_action_steps, policy.padded_action_dim)
+            width = policy.vla.model.action_out_proj.in_features
+            read = torch.zeros(4, spec.num_noisy_steps, policy.n_action_steps, width) if keep == HEADS else None
 
             def score_and_differentiate(rows: int) -> None:
                 inputs = {name: tensor[:rows].clone() for name, tensor in context.items()}  # taken from the buffer
                 noisy = torch.zeros(rows, spec.num_noisy_steps, dtype=torch.int64)
-                chain_log_prob(policy, inputs, chain[:rows].clone(), spec, noisy).log_prob.sum().backward()
+                head_inputs = None if read is None else read[:rows].clone()
+                score = chain_log_prob(policy, inputs, chain[:rows].clone(), spec, noisy, head_inputs)
+                score.log_prob.sum().backward()
 
             def update_peak(rows: int) -> int:
                 (natural or policy).zero_grad()
@@ -178,7 +182,7 @@ def trace_passes(config: FlatConfig) -> PassBytes:
 
     with shapes_only(), torch.no_grad():
         everything = policy.encode_everything(blank_batch(policy, config, 2))
-    kept = prefix_bytes(everything)
+    kept = prefix_bytes(everything) | ({HEADS: policy.head_input_bytes} if policy.trains_heads_alone else {})
     others = {n: t for n, t in everything.items() if not any(PrefixCache(keep).is_bulk(n) for keep in KEEPS)}
     chain_bytes = (spec.num_denoising_steps + 1) * policy.n_action_steps * policy.padded_action_dim * 4
     return PassBytes(
