@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reinflow import ConfigError, UserError, ppo
 from reinflow.credit import Advantages, advantages_by_control_step, advantages_by_decision
-from reinflow.flow import ChainSpec, group_advantage, group_mask
+from reinflow.flow import ChainScore, ChainSpec, group_advantage, group_mask
 from reinflow.gradient_noise import GradientMemory, noise_scale
 from reinflow.natural import NaturalGradient
 from reinflow.policy import FlowPolicy
