@@ -117,6 +117,19 @@ def test_a_refused_prefix_cache_does_not_fit_and_is_still_advised(pi0_passes, ca
     assert "prefix_cache=kv needs" in out and "do not suffice; this switch does it: --prefix-cache auto" in out
 
 
+@pytest.mark.parametrize("preset", ["tiny", "tiny-pi0"])
+def test_heads_alone_are_planned_as_they_are_allocated(preset):
+    heads = {"train_full_expert": False, "train_time_mlp": False, "peft_rank": 0}
+    config = replace(PRESETS[preset], **heads, num_threads=1)
+    passes, policy = trace_passes(config), make_policy(config, "cpu")
+    assert policy.prefix_cache.keep == "heads"
+    assert passes.kept["heads"] == policy.prefix_cache.bytes_per_decision
+    assert passes.update("heads").per_row < 0.5 * passes.update("kv").per_row
+    weights, buffer, _, backward = compare(config, policy, passes, rows=6)
+    for row in (weights, buffer, backward):
+        assert abs(row.error) < 0.15, (row.name, row.planned, row.measured)
+
+
 def test_too_small_a_device_names_a_switch(pi0_passes):
     small = replace(PI0, limits=Limits(vram_gb=14.0))
     said = advice(small, make_plan(small, pi0_passes))
