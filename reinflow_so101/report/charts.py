@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
+from reinflow.symptoms import SURROGATE_LOSS
 from reinflow_so101.report.files import RunFiles
 
 Trace = dict[str, Any]
@@ -210,8 +211,8 @@ PANELS = (
     ),
     Panel(
         "policy_loss", "Policy loss", "clipped surrogate",
-        "Healthy: near 0 or a little below. It says which way a step went, not how good the policy is; above 0.02 with "
-        "several steps, later steps undo the first.",
+        "Healthy: near 0 or a little below. It says which way a step went, not how good the policy is; above "
+        f"{SURROGATE_LOSS:g} with several steps, later steps undo the first.",
         {"loss/policy": "policy loss"}, rangemode="normal",
     ),
     Panel(
@@ -276,7 +277,10 @@ def _log_axis(data: Sequence[Trace]) -> dict[str, Any]:
     if high - low > 1.5:
         return {"type": "log", "dtick": 1}
     middle, half = (low + high) / 2, max((high - low) / 2 + 0.1, 0.5)
-    return {"type": "log", "dtick": "D2", "range": [middle - half, middle + half]}
+    decades = range(math.floor(middle - half), math.ceil(middle + half) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]  # plotly's own say 5 for .5
+    labels = [f"{tick:g}" for tick in ticks]
+    return {"type": "log", "tickvals": ticks, "ticktext": labels, "range": [middle - half, middle + half]}
 
 
 def algorithm_charts(runs: Sequence[RunFiles]) -> tuple[list[Chart], list[str]]:
