@@ -85,6 +85,7 @@ class PPOLearner:
         if narrow:
             raise ConfigError(f"{len(narrow)} tensors that learn are {narrow[0].dtype}: small steps would round away")
         self.normalizer = ppo.ReturnNormalizer()
+        self._scored: tuple[float, Tensor] | None = None  # KL and log-probs of its sample by the weights as they are
         self.gradients = GradientMemory(Probe(policy.policy_parameters()))
         self.policy_optimizer = make_policy_optimizer(policy, settings)
         # A group may be empty (no critic), the list of groups may not.
@@ -268,7 +269,7 @@ class PPOLearner:
 
     def _move_policy(self, data: RolloutBatch, lr_factor: float) -> dict[str, float]:
         """The policy's steps, and how far they took it."""
-        before = self.gradients.probe.weights()
+        before, self._scored = self.gradients.probe.weights(), None
         if isinstance(self.policy_optimizer, NaturalGradient):
             info, kl_data = self._natural_step(self.policy_optimizer, data, lr_factor)
         else:
@@ -295,6 +296,7 @@ class PPOLearner:
             undone = stopped and snapshot is not None and not kl <= OVERSHOOT * s.target_kl
             if undone and snapshot is not None:
                 self._restore(snapshot)
+                self._scored = None
             if stopped:
                 break
         if undone:
@@ -319,6 +321,8 @@ class PPOLearner:
         info = self._policy_gradient(data, torch.arange(len(data))) | self.gradients.remember()
         kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
         kl = optimizer.step_to_kl(self.settings.target_kl * kl_factor, lambda: self._measure_kl(kl_data))
+        if self._scored and self._scored[0] != kl:  # an earlier length was taken instead of the last one tried
+            self._scored = None
         info |= {
             "ppo/approx_kl": kl,
             "ppo/optimizer_steps": 1.0,
@@ -384,8 +388,10 @@ class PPOLearner:
     @torch.no_grad()
     def _measure_kl(self, data: RolloutBatch) -> float:
         """approx_kl of the current weights against the acting ones."""
-        scores = [score.log_prob for score in self._scores(data, "KL")]
-        return float(ppo.approx_kl(torch.cat(scores), data.log_prob, data.mask))
+        log_prob = torch.cat([score.log_prob for score in self._scores(data, "KL")])
+        kl = float(ppo.approx_kl(log_prob, data.log_prob, data.mask))
+        self._scored = kl, log_prob
+        return kl
 
     @torch.no_grad()
     def _decision_kl(self, data: RolloutBatch) -> float:
@@ -395,7 +401,10 @@ class PPOLearner:
         2 KL is the squared distance of the two means in noise stds. Half the mean square of the log-ratio is precise
         for small moves, the mean of its negative right for large ones.
         """
-        scores = torch.cat([score.log_prob for score in self._scores(data, "KL of decisions")])
+        if self._scored is None:
+            self._measure_kl(data)
+        assert self._scored
+        (_, scores), self._scored = self._scored, None
         log_ratio = torch.where(data.mask, scores - data.log_prob, 0.0).sum(1)
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
         log_ratio = log_ratio * self._undo_mean(coordinates)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from reinflow_so101.checks import FlatConfig
+from reinflow_so101.report import FILMS, REPORT_FILE
 from reinflow_so101.report.after import EPISODES_PER_FILM
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from reinflow.run import Run
 
 FILMED = 3  # episodes of a film at most, one below the other; one in EPISODES_PER_FILM of what was evaluated
-FILMS, REPORT_FILE = "films", "report.html"  # in the run directory
 
 Table = tuple[list[str], list[list[object]]]
 """Columns and rows."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from reinflow_so101.checks import FlatConfig
+from reinflow_so101.report import FILMS, REPORT_FILE
 
 if TYPE_CHECKING:
     from reinflow.run import Run
 
 MOST_FILMS, EPISODES_PER_FILM = 4, 10  # a trial of a few episodes is not worth the time of films
-RESULTS = ("eval_after*", "report.html", "films/after.mp4", "films/failures.mp4")
+RESULTS = ("eval_after*", REPORT_FILE, f"{FILMS}/after.mp4", f"{FILMS}/failures.mp4")
 """What a run's directory holds of its end; none of it is of the policy any more once training goes on."""
 
 
@@ -38,6 +39,6 @@ def write_page(run: Run, config: FlatConfig) -> None:
         path = write_report([run.run_dir], films=films, stopped=lambda: run.stop_requested)
     except Exception as error:  # a full disk, a damaged file: the training is done and its policy saved
         again = f"reinflow-report {run.run_dir}"
-        run.tracker.message(f"no report.html ({' '.join(str(error).split())}); once that is mended: {again}")
+        run.tracker.message(f"no {REPORT_FILE} ({' '.join(str(error).split())}); once that is mended: {again}")
     else:
         run.tracker.message(f"report: {path}; open it in a browser")

@@ -13,6 +13,7 @@ from typing import Any
 
 from reinflow.seeds import FIRST_REPORTING_SEED
 from reinflow_so101.doctor_rules import RULES
+from reinflow_so101.report import REPORT_FILE
 from reinflow_so101.report.charts import COUNTED, Chart, algorithm_charts, phase_totals, reward_charts, time_charts
 from reinflow_so101.report.curves import learning_curve
 from reinflow_so101.report.episodes import OutcomeRow, kinds_of, map_charts, outcome_chart, outcome_rows, worst_drawn
@@ -34,7 +35,6 @@ from reinflow_so101.report.tables import (
 
 MOST_BYTES = 10_000_000
 DEFAULT_FILMS = 6
-REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
