@@ -46,6 +46,21 @@ def take_rows(observation: Observation, rows: NDArray[np.int64]) -> Observation:
     return taken
 
 
+def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """States (``ChunkVectorEnv.get_state``) of groups of environments as one of all, in the groups' order."""
+    joined = {}
+    for name in states[0]:
+        parts = [state[name] for state in states]
+        lists = all(isinstance(part, list) for part in parts)
+        joined[name] = [row for part in parts for row in part] if lists else np.concatenate(parts)
+    return joined
+
+
+def part_of_state(state: Mapping[str, Any], rows: range) -> dict[str, Any]:
+    """The state of a contiguous part of the environments."""
+    return {name: values[rows.start : rows.stop] for name, values in state.items()}
+
+
 @dataclass(frozen=True)
 class Extra:
     """A figure that an environment reports of every episode besides return, length and success."""
@@ -136,7 +151,8 @@ class ChunkVectorEnv(ABC):
 
     @abstractmethod
     def get_state(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit: numpy arrays and JSON-able values, for a checkpoint."""
+        """Everything needed to go on bit for bit, for a checkpoint: name -> array (N, ...), or a list of N JSON-able
+        values; see ``join_states``."""
 
     @abstractmethod
     def set_state(self, state: Mapping[str, Any]) -> Observation:

@@ -95,7 +95,11 @@ class RolloutInfo:
 
 @dataclass
 class RolloutState:
-    """Where the environments stand: the observation to decide on, encoded, and of which episodes it is."""
+    """Where the environments stand: the observation to decide on, encoded, and of which episodes it is.
+
+    They may be a part of those that play a training, as on a worker or one of several learners: with ``stride`` M
+    environments in all, the one that plays episode i plays i + M next.
+    """
 
     context: Context
     state: np.ndarray | None  # (N, S) the simulator's, if it is shown
@@ -104,12 +108,30 @@ class RolloutState:
     broken: NDArray[
         np.bool_
     ]  # (N,) an observation of theirs was not finite: zeros stand for it, they count for nothing
+    stride: int  # environments in all
 
     @classmethod
-    def start(cls, policy: FlowPolicy, env: ChunkVectorEnv, seeds: TrainingSeeds, done: int = 0) -> RolloutState:
-        """At the beginning of the training's episodes, those after the first ``done``."""
-        first = done + np.arange(env.num_envs)
-        return cls.at(policy, env.reset(seeds.of(first)), first, np.zeros_like(first))
+    def start(
+        cls,
+        policy: FlowPolicy,
+        env: ChunkVectorEnv,
+        seeds: TrainingSeeds,
+        done: int = 0,
+        first: int = 0,
+        stride: int = 0,
+    ) -> RolloutState:
+        """At the beginning of the training's episodes, those after the first ``done``.
+
+        Args:
+            policy: encodes.
+            env: N environments.
+            seeds: of the episodes.
+            done: episodes that were played before.
+            first: of ``env`` among the environments in all.
+            stride: environments in all; 0 is those of ``env`` alone.
+        """
+        numbers = done + first + np.arange(env.num_envs)
+        return cls.at(policy, env.reset(seeds.of(numbers)), numbers, np.zeros_like(numbers), stride)
 
     @classmethod
     def at(
@@ -118,21 +140,24 @@ class RolloutState:
         observation: Observation,
         episodes: NDArray[np.int64],
         decisions: NDArray[np.int64],
+        stride: int = 0,
     ) -> RolloutState:
-        """Encode ``observation``."""
+        """Encode ``observation``; ``stride`` 0 is as many as there are ``episodes``."""
         observation, broken = mend(observation, len(episodes))
-        return cls(encode(policy, observation), observation.get("environment_state"), episodes, decisions, broken)
+        state = observation.get("environment_state")
+        return cls(encode(policy, observation), state, episodes, decisions, broken, stride or len(episodes))
 
     @property
     def next_episodes(self) -> NDArray[np.int64]:
         """(N,) numbers of the episodes that start where one ends."""
-        return self.episodes + len(self.episodes)
+        return self.episodes + self.stride
 
     def after(self, policy: FlowPolicy, result: ChunkResult) -> RolloutState:
         """Where the environments stand after a chunk."""
         ended = result.terminated | result.truncated
         episodes = np.where(ended, self.next_episodes, self.episodes)
-        state = RolloutState.at(policy, result.observation, episodes, np.where(ended, 0, self.decisions + 1))
+        decisions = np.where(ended, 0, self.decisions + 1)
+        state = RolloutState.at(policy, result.observation, episodes, decisions, self.stride)
         state.broken |= self.breaks(result) & ~ended
         return state
 

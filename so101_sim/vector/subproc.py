@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from reinflow import UserError
-from reinflow.env import ChunkResult, Observation, usable_cores
+from reinflow.env import ChunkResult, Observation, join_states, part_of_state, usable_cores
 from so101_sim.config import EnvConfig
 from so101_sim.vector.base import ObservationBuffer, SO101VectorEnv
 from so101_sim.vector.sequential import SequentialVectorEnv
@@ -100,16 +100,12 @@ class SubprocVectorEnv(SO101VectorEnv):
 
     def get_state(self) -> dict[str, Any]:
         """See `ChunkVectorEnv.get_state`."""
-        states = self._call("get_state", [()] * len(self._groups))
-        merged: dict[str, Any] = {
-            name: np.concatenate([state[name] for state in states]) for name in ("integration", "rows", "ended")
-        }
-        return merged | {"episodes": [episode for state in states for episode in state["episodes"]]}
+        return join_states(self._call("get_state", [()] * len(self._groups)))
 
     def set_state(self, state: Mapping[str, Any]) -> Observation:
         """See `ChunkVectorEnv.set_state`."""
         self._check_state(state)
-        parts = [({name: [values[env] for env in group] for name, values in state.items()},) for group in self._groups]
+        parts = [(part_of_state(state, range(group[0], group[-1] + 1)),) for group in self._groups]
         return self._observation(self._call("set_state", parts))
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
