@@ -7,23 +7,43 @@ over all ranks together: more ranks make a run faster, not another one.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from reinflow import UserError
+from reinflow.launch import launched
 
 BUCKET = 8 * 2**20  # numbers that travel together: a small tensor costs as much as its message
 TIMEOUT_S = 1_800.0  # a rank may evaluate, save or compile for long; one that dies is noticed at once
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to read numbers as, by their size
 
 
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+@dataclass
+class Traffic:
+    """What this rank exchanged with the others so far."""
+
+    messages: int = 0  # collectives
+    summed: int = 0  # bytes of the tensors that ``add_up`` took
+    seconds: float = 0.0  # in them, the wait for the slowest rank included; NCCL's go on beside Python
+
+
+TRAFFIC = Traffic()
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    TRAFFIC.messages += 1
+    TRAFFIC.seconds += time.perf_counter() - start
 
 
 @contextmanager
@@ -34,10 +54,8 @@ def joined() -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it waits for ranks that may be gone
 
 
 def size() -> int:
@@ -80,7 +98,9 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 def _add_up_together(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    with _counted():
+        dist.all_reduce(flat)
+    TRAFFIC.summed += flat.numel() * flat.element_size()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
@@ -90,8 +110,75 @@ def total(*values: float) -> list[float]:
     if size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
+    with _counted():
+        dist.all_reduce(sums)
     return sums.tolist()
+
+
+def part(mean: Tensor | float, share: float) -> float:
+    """Of a mean over all ranks' rows, what this rank adds: its own mean by its share of the rows; 0 without any."""
+    return share * float(mean) if share else 0.0
+
+
+def largest(*values: float) -> list[float]:
+    """The largest over the ranks of each number; NaN where one is."""
+    if size() == 1:
+        return list(values)
+    return torch.tensor(gather(values), dtype=torch.float64).amax(0).tolist()
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Gradients become their sums over the ranks; where no rank has one, none has one afterwards."""
+    if size() == 1:
+        return
+    learns = total(*(float(parameter.grad is not None) for parameter in parameters))
+    gradients = []
+    for parameter, ranks in zip(parameters, learns, strict=True):
+        if ranks:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+    add_up(gradients)
+
+
+def mean_and_var(rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number, mean (F,) and biased variance (F,) of the rows (n, F) of all ranks."""
+    if size() == 1:
+        var, mean = torch.var_mean(rows, dim=0, correction=0)
+        return len(rows), mean, var
+    var, mean = torch.var_mean(rows, dim=0, correction=0) if len(rows) else (rows.sum(0), rows.sum(0))
+    parts = [(n, m.double(), v.double()) for n, m, v in gather((len(rows), mean.cpu(), var.cpu()))]
+    count = sum(n for n, _, _ in parts)
+    middle = torch.stack([m * (n / count) for n, m, _ in parts]).sum(0)
+    spread = torch.stack([(v + (m - middle) ** 2) * (n / count) for n, m, v in parts]).sum(0)
+    return count, middle.to(rows), spread.to(rows)
+
+
+@torch.no_grad()
+def refuse_other_weights(weights: Mapping[str, Tensor]) -> None:
+    """Whether all ranks hold the same ``weights``, to the bit, by a sum over the bits of each tensor.
+
+    Raises:
+        UserError: they do not; on all ranks.
+    """
+    if size() == 1:
+        return
+    sums = [tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum() for tensor in weights.values()]
+    first, *others = gather(torch.stack(sums).tolist())
+    differ = {number: sums for number, sums in enumerate(others, 1) if sums != first}
+    if differ:
+        sums = next(iter(differ.values()))
+        name = next(name for name, a, b in zip(weights, first, sums, strict=True) if a != b)
+        raise UserError(
+            f"ranks {[*differ]} do not hold the weights of rank 0 ({name} differs): start all ranks with the same "
+            "settings on machines of one kind (CPU or GPU model, torch, --num-threads), with --resume from the last "
+            "checkpoint"
+        )
+
+
+def wait_for_all() -> None:
+    """Go on when every rank is here."""
+    total(0.0)
 
 
 def gather[T](value: T) -> list[T]:
@@ -99,7 +186,8 @@ def gather[T](value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    dist.all_gather_object(values, value)
+    with _counted():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -120,7 +208,8 @@ def from_writer[T](make: Callable[[], T]) -> T:
             box = [make(), None]
         except Exception as error:  # the others wait for it: they must end too
             box = [None, error]
-    dist.broadcast_object_list(box, src=0)
+    with _counted():
+        dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]
     return box[0]

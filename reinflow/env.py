@@ -15,18 +15,22 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from reinflow.launch import local_ranks
+
 Array = NDArray[np.float64]
 
 
 def usable_cores() -> int:
-    """Cores that environments may use: fewer than the machine's where a launcher or scheduler pins the process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: fewer than the machine's where a scheduler pins it, or where a launcher started
+    several on one machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks())
 
 
 class Observation(TypedDict, total=False):
     """What N environments show; which entries there are is the environment's to say and the policy's to ask for."""
 
-    pixels: dict[str, NDArray[np.uint8]]  # by view, (N, h, w, 3)
+    pixels: dict[str, Any]  # by view, (N, h, w, 3) uint8: numpy, or tensors of an environment that draws on a device
     agent_pos: NDArray[np.float32]  # (N, P) the robot's own state, in the policy's units
     environment_state: NDArray[np.float32]  # (N, S) privileged
     task: list[str]  # N instructions
