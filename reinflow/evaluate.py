@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from reinflow import UserError
+from reinflow.distributed import gather, share, size
 from reinflow.env import ChunkVectorEnv, EpisodeStats, Extra, Observation
 from reinflow.eval_result import EpisodeRow, EvalResult, wilson_interval
 from reinflow.progress import Advance, progress_bar
@@ -252,13 +253,38 @@ def evaluate_seeds(
 ) -> EvalResult:
     """Evaluate on the ``episodes`` seeds from ``first_seed`` on, with at most ``num_envs`` environments at once.
 
+    Several ranks play a part of the seeds each, and all get the whole result.
+
     Args:
         act: decides; see Act.
         make_env: so many environments; they are closed again.
         first_seed: episode i plays first_seed + i.
         episodes: at least 1.
-        num_envs: at least 1.
+        num_envs: at least 1, of all ranks.
         label: of the bar.
+
+    Raises:
+        EvaluationStopped: ``act`` did, on any rank.
     """
-    with make_env(even_batch(episodes, num_envs)) as env, torch.no_grad():
-        return evaluate(act, env, range(first_seed, first_seed + episodes), label=label)
+    mine, most = share(episodes), math.ceil(num_envs / size())
+    result, stopped = None, False
+    if mine:
+        with make_env(even_batch(len(mine), most)) as env, torch.no_grad():
+            try:
+                result = evaluate(act, env, range(first_seed + mine.start, first_seed + mine.stop), label=label)
+            except EvaluationStopped:
+                stopped = True
+    parts = gather((result, stopped))
+    if any(stopped for _, stopped in parts):
+        raise EvaluationStopped
+    return _joined([result for result, _ in parts if result])
+
+
+def _joined(results: Sequence[EvalResult]) -> EvalResult:
+    """Those of several ranks, in their order, as one."""
+    return replace(
+        results[0],
+        episodes=tuple(row for result in results for row in result.episodes),
+        elapsed_s=max(result.elapsed_s for result in results),
+        broken_seeds=tuple(seed for result in results for seed in result.broken_seeds),
+    )

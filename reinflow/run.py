@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -23,47 +22,24 @@ from torch import Tensor
 
 from reinflow import ConfigError, UserError, checkpoint
 from reinflow.checksums import replace_with_sum
+from reinflow.distributed import from_writer, is_writer, size, total, wait_for_all
 from reinflow.doctor import FINDINGS_FILE, RULES, Doctor, Rule
 from reinflow.env import ChunkResult, ChunkVectorEnv, EpisodeStats, Observation
 from reinflow.evaluate import Act, EvalResult, EvaluationStopped
 from reinflow.learner import PPOLearner
 from reinflow.lock import RunLock
 from reinflow.metrics import METRICS_FILE
+from reinflow.playing import begin, go_on, stored_state
 from reinflow.policy import FlowPolicy
 from reinflow.progress import progress_bar, spinner
 from reinflow.rollout import RolloutState
-from reinflow.seeds import FIRST_TUNING_SEED, TrainingSeeds
+from reinflow.run_settings import RunSettings
 from reinflow.set_aside import set_aside, set_results_aside
 from reinflow.settings import CONFIG_FILE, check_same_settings, read_config, refuse_existing_run
-from reinflow.tracking import Counted, Tracker, WandbMode, open_tracker
+from reinflow.tracking import Counted, Tracker, open_tracker
 from reinflow.training_state import CheckpointError, refuse_not_finite, rng_state, set_rng_state
 
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How long a run goes on and what it leaves behind; intervals count episodes, rounded up to whole iterations."""
-
-    num_episodes: int = 20_000
-    total_timesteps: int = 0  # control steps, instead of num_episodes; 0 counts episodes
-    max_minutes: float = 0.0  # of this process; 0 is no limit
-    save_interval: int = 10
-    keep_checkpoints: int = 3
-    log_interval: int = 1
-    wandb_mode: WandbMode = "off"
-    wandb_project: str = "reinflow"
-    seed: int = 0
-    eval_seed: int = FIRST_TUNING_SEED  # training episodes have seeds below it
-
-    def __post_init__(self) -> None:
-        for name in ("num_episodes", "save_interval", "keep_checkpoints", "log_interval", "eval_seed"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def training_seeds(self) -> TrainingSeeds:
-        """Of the run's episodes."""
-        return TrainingSeeds(self.seed, self.eval_seed)
-
+__all__ = ["FAULTS_IN_A_ROW", "Run", "RunError", "RunSettings"]
 
 FAULTS_IN_A_ROW = 3
 LEAST_SCORE = -1e9
@@ -95,6 +71,9 @@ class Run:
 
     SIGINT, SIGTERM and SIGHUP end the loop after the iteration at hand; the run is then saved as at any checkpoint. A
     second signal interrupts at once. What goes wrong FAULTS_IN_A_ROW times in a row ends it too, with a RunError.
+
+    As one of several ranks (reinflow.distributed) it has its share of the environments, counts those of all, and does
+    what the others do at the same places; one of them writes files and speaks. Checkpoints are those of one process.
     """
 
     def __init__(
@@ -119,7 +98,7 @@ class Run:
         Args:
             run_dir: the run's directory.
             policy: acts and learns.
-            env: N environments.
+            env: N environments, of this rank.
             learner: of the policy.
             settings: of the run.
             config: JSON-able settings of everything; config.json, Weights & Biases and the doctor get them.
@@ -142,6 +121,7 @@ class Run:
         self.current: RolloutState
         self.tracker = Tracker([])  # nobody listens before it is opened
         self.doctor: Doctor
+        self.lock: RunLock | None = None
         self.wandb_id: str | None = None
         self.stop_requested = self.saved_at_end = False
         self.fault = ""  # why the run cannot go on, once it has shown so FAULTS_IN_A_ROW times in a row
@@ -159,6 +139,14 @@ class Run:
         Raises:
             ConfigError: the directory holds a run already.
         """
+        room = from_writer(self._make_directory)
+        self.current = begin(self.policy, self.env, self.seeds)
+        self._open_sinks(resumed=None)
+        self.save()  # so that whatever ends the run from here on, it can be resumed
+        self.tracker.message(f"run directory: {self.run_dir}; {room}")
+        return self
+
+    def _make_directory(self) -> str:
         refuse_existing_run(self.run_dir)
         room = self.describe_room()
         (self.run_dir / checkpoint.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -166,11 +154,7 @@ class Run:
         for leftover in (METRICS_FILE, FINDINGS_FILE):  # of a start that never came to a checkpoint
             (self.run_dir / leftover).unlink(missing_ok=True)
         self._write_config()
-        self.current = RolloutState.start(self.policy, self.env, self.seeds)
-        self._open_sinks(resumed=None)
-        self.save()  # so that whatever ends the run from here on, it can be resumed
-        self.tracker.message(f"run directory: {self.run_dir}; {room}")
-        return self
+        return room
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -205,9 +189,7 @@ class Run:
             ConfigError: its settings were others, or another process has it.
             CheckpointError: there is no checkpoint, or it does not fit.
         """
-        chosen = checkpoint.resolve_checkpoint(from_checkpoint or self.run_dir)
-        self.lock = RunLock(self.run_dir)
-        stored = read_config(self.run_dir)
+        chosen, stored = from_writer(lambda: self._take_up(from_checkpoint))
         check_same_settings(self.config, stored, self.changeable)
         self.config |= {name: stored[name] for name in WAYS if name in stored}
         tensors, state = checkpoint.load_training_state(chosen)
@@ -218,23 +200,27 @@ class Run:
         self.best_success, self.wandb_id = state["best_success"], state["wandb_id"]
         self._saved_at = self._logged_at = self.episodes
         self._saved_iteration = self.iteration
-        if "playing" in state:
-            observation = self.env.set_state(state["env"])
-            self.current = RolloutState.at(self.policy, observation, state["playing"], state["decisions"])
-            self.current.broken |= state.get("broken", np.zeros_like(self.current.broken))
-        else:
-            print(
-                "the checkpoint is of an older version: its weights and counters go on, with episodes that begin anew"
-            )
-            self.current = RolloutState.start(self.policy, self.env, self.seeds, self.episodes)
+        self.current = go_on(self.policy, self.env, self.seeds, state)
         set_rng_state(state["rng"])
-        aside = set_aside(self.run_dir, self.iteration)
-        if aside and not (self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST).exists():
+        wait_for_all()  # nobody reads any longer what is put aside now
+        aside, has_best = from_writer(self._put_aside)
+        if aside and not has_best:
             self.best_success = LEAST_SCORE  # the best one came later: the next evaluation is the best so far
-        self._write_config()
         self._open_sinks(resumed=self.iteration)
         self._say_what_is_resumed(stored, aside)
         return self
+
+    def _take_up(self, from_checkpoint: Path | None) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint to go on from and the run's settings, which nobody else changes from here on."""
+        chosen = checkpoint.resolve_checkpoint(from_checkpoint or self.run_dir)
+        self.lock = RunLock(self.run_dir)
+        return chosen, read_config(self.run_dir)
+
+    def _put_aside(self) -> tuple[Path | None, bool]:
+        """What came after the checkpoint; and whether a best one is left."""
+        aside = set_aside(self.run_dir, self.iteration)
+        self._write_config()
+        return aside, (self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST).exists()
 
     def _say_what_is_resumed(self, stored: Mapping[str, Any], aside: Path | None) -> None:
         say = self.tracker.message
@@ -248,6 +234,9 @@ class Run:
             say(f"all {self.budget:,} {self.counted} are done; a larger number of {self.counted} goes on")
 
     def _open_sinks(self, resumed: int | None) -> None:
+        if not is_writer():
+            self.tracker = Tracker([], extras=self.env.extras)
+            return
         self.tracker = open_tracker(
             self.run_dir,
             config=self.config,
@@ -280,7 +269,8 @@ class Run:
             self.tracker.message(f"ended in iteration {self.iteration}; go on with: {self.resume_command}")
         self.env.close()
         self.tracker.close(failed=kind is not None)
-        self.lock.release()
+        if self.lock:
+            self.lock.release()
 
     def _request_stop(self, number: int, _frame: object) -> None:
         if self.stop_requested:
@@ -290,6 +280,14 @@ class Run:
         over, training = "the policy is saved, the report is being stopped", "saving after this iteration"
         what = over if self.saved_at_end else training
         self.tracker.message(f"{name}: {what} (once more to stop at once)")
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop; all of them ask here at the same places, so that they do the same."""
+        asked = total(float(self.stop_requested))[0] > 0
+        if asked and not self.stop_requested:
+            self.stop_requested = True
+            self.tracker.message("another rank was asked to stop: saving")
+        return asked
 
     def unless_stopped(self, act: Act) -> Act:
         """``act`` for an evaluation, which a signal then ends with EvaluationStopped."""
@@ -306,9 +304,9 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """Iteration numbers, from 1, until the episodes or the minutes are used up or a signal came."""
         started, minutes = time.monotonic(), self.settings.max_minutes
-        while self.progress < 1 and not self.stop_requested and not self.fault:
+        while self.progress < 1 and not self.fault and not self.stopping():
             self._iteration_start = time.perf_counter()
-            if aside := set_results_aside(self.run_dir, self.results):
+            if is_writer() and (aside := set_results_aside(self.run_dir, self.results)):
                 self.tracker.message(f"the results before training went on are kept in {aside}")
             self.iteration += 1
             self.metrics = {}
@@ -339,7 +337,7 @@ class Run:
 
     @contextmanager
     def rollout_bar(self, decisions: int) -> Iterator[Callable[[ChunkResult], None]]:
-        """Show a rollout of so many decisions, and move the run's own bar with it.
+        """Show a rollout of so many decisions, and move the run's own bar with it, as if the other ranks were as far.
 
         Yields:
             What takes the result of every chunk step.
@@ -351,7 +349,8 @@ class Run:
                 nonlocal done, ended, succeeded
                 ended += len(result.episodes)
                 succeeded += sum(episode.success for episode in result.episodes)
-                done += int(result.active.sum()) if self.settings.total_timesteps else len(result.episodes)
+                more = int(result.active.sum()) if self.settings.total_timesteps else len(result.episodes)
+                done += more * size()
                 told = f"{succeeded} of {ended} episodes succeeded" if self.env.objective == "success" else ""
                 advance(len(result.active), told if ended else "")
                 self.tracker.progress(done)
@@ -382,6 +381,8 @@ class Run:
         merged = {name: fmean([row[name] for row in rows if name in row]) for name in names}
         merged |= {name: value for name, value in rows[-1].items() if name.startswith(("progress/", "eval/"))}
         self.tracker.log(self.iteration, merged)
+        if not is_writer():
+            return
         for finding in self.doctor.examine(self.iteration, merged):
             self.tracker.alert(finding.rule, str(finding), error=finding.severity == "error")
 
@@ -415,8 +416,11 @@ class Run:
             self.best_success = max(self.best_success, result.score)
             self.log()
             self.save()
-            checkpoint.mark_best(self.run_dir, self.iteration)  # a kill in between costs only this link
-            checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)  # the former best, if it is old
+            from_writer(self._mark_best)  # a kill in between costs only this link
+
+    def _mark_best(self) -> None:
+        checkpoint.mark_best(self.run_dir, self.iteration)
+        checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)  # the former best, if it is old
 
     def save_if_due(self) -> None:
         """A checkpoint every ``save_interval`` episodes."""
@@ -434,23 +438,23 @@ class Run:
             "best_success": self.best_success,
             "wandb_id": self.wandb_id,
             "start_weights": self.start_weights,
-            "playing": self.current.episodes,
-            "decisions": self.current.decisions,
-            "broken": self.current.broken,
             "rng": rng_state(),
-            "env": self.env.get_state(),
         }
+        state |= stored_state(self.current, self.env)
         tensors = {"policy": self.policy.trainable_state()}
         try:
             refuse_not_finite(tensors["policy"].items(), f"the policy after iteration {self.iteration}")
         except CheckpointError as error:
             raise CheckpointError(f"nothing was saved: {error}, with smaller steps: {self.resume_command}") from error
+        from_writer(lambda: self._write_checkpoint(tensors, state))
+        self._saved_at, self._saved_iteration = self.episodes, self.iteration
+
+    def _write_checkpoint(self, tensors: checkpoint.TensorGroups, state: Mapping[str, Any]) -> None:
         with spinner("saving"):
             checkpoint.save_checkpoint(
                 self.run_dir, self.iteration, self._write_policy, tensors, state, make_root=False
             )
         checkpoint.prune_checkpoints(self.run_dir, self.settings.keep_checkpoints)
-        self._saved_at, self._saved_iteration = self.episodes, self.iteration
 
     def _write_policy(self, directory: Path) -> None:
         self.policy.save_pretrained(directory)
@@ -483,5 +487,5 @@ class Run:
     def load_best(self) -> None:
         """Give the policy the weights of the best checkpoint, if there is one."""
         best = self.run_dir / checkpoint.CHECKPOINTS / checkpoint.BEST
-        if best.exists():
+        if from_writer(best.exists):
             self.policy.load_trainable_state(checkpoint.load_training_state(best)[0]["policy"])
