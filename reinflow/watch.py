@@ -27,6 +27,7 @@ BEAT_S = 1.0
 SILENT_S = 15.0  # a rank that has not counted for so long is dead, or holds Python's lock as long
 GRACE_S = 10.0  # for a rank that has been told of the end: to close what it has open
 STORE_S = 10.0  # for an answer of the store
+LEAVES_LAST_S = 2.0  # a launcher ends all when one leaves: first the one that has something to say
 AT_ITS_END_S = 2.0  # the store may go away while the last rank leaves
 
 _OVER = "over"  # the key of the rank that says why the run ends
@@ -58,6 +59,7 @@ def watched() -> Iterator[None]:
         if watch.is_cause(error):
             raise
         watch.explain()
+        time.sleep(LEAVES_LAST_S)
         raise SystemExit(1) from None
     watch.leave()
     signal.signal(signal.SIGUSR2, handler)
@@ -102,6 +104,7 @@ class Watch:
     def is_cause(self, error: BaseException) -> bool:
         """Whether ``error`` is what the run ends of, for this rank to raise; the others are told to end."""
         self.ending = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, for what is being told here
         if isinstance(error, SystemExit) and not error.code:
             return True
         if isinstance(error, _Told) or self.over.is_set():
