@@ -81,8 +81,10 @@ def lerobot_batch(observation: Observation, cameras: Iterable[str]) -> dict[str,
     """What LeRobot's preprocessors take: state, the ``cameras``' images and the instruction, by LeRobot's names."""
     batch: dict[str, Any] = {OBS_STATE: torch.as_tensor(observation["agent_pos"], dtype=torch.float32)}
     for name in cameras:
-        pixels = torch.from_numpy(np.ascontiguousarray(observation["pixels"][name]))  # (B, h, w, 3)
-        batch[OBS_IMAGES_PREFIX + name] = unit_images(pixels.permute(0, 3, 1, 2))
+        images = observation["pixels"][name]  # (B, h, w, 3)
+        if not isinstance(images, Tensor):
+            images = torch.from_numpy(np.ascontiguousarray(images))
+        batch[OBS_IMAGES_PREFIX + name] = unit_images(images.permute(0, 3, 1, 2))
     batch["task"] = observation["task"]
     return batch
 

@@ -34,6 +34,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
 )
 PLACES = {place: floor for floor, places in enumerate(FLOORS) for place in places}
 ALLOWED_OF_REINFLOW = {"so101_sim": {"reinflow", "reinflow.env"}}  # its errors and the environment's contract
+TENSORS = {"so101_sim/vector/warp.py": {"torch"}}  # its images stay where torch takes them; imported when it is used
 
 
 def files_of(place: str) -> list[Path]:
@@ -67,7 +68,7 @@ def test_imports_run_downwards(place):
     forbidden = FLOORS[PLACES[place]][place] | above
     for path in files_of(place):
         imported = imports_of(path)
-        bad = {name for name in imported if name.split(".")[0] in forbidden}
+        bad = {name for name in imported if name.split(".")[0] in forbidden - TENSORS.get(show(path), set())}
         if place in ALLOWED_OF_REINFLOW:
             bad |= {n for n in imported if n.split(".")[0] == "reinflow"} - ALLOWED_OF_REINFLOW[place]
         assert not bad, f"{show(path)} imports {sorted(bad)}"

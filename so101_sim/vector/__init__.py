@@ -4,5 +4,9 @@
 
 * sequential: N simulations in this process, one after the other;
 * subproc: the same in worker processes, one message per chunk, images in shared memory;
-* batched: one `mujoco.batch.Batch`, whose threads run the whole chunk of all environments in one call.
+* batched: one `mujoco.batch.Batch`, whose threads run the whole chunk of all environments in one call;
+
+and one that gives them to fp32's rounding:
+
+* warp: MuJoCo Warp, which simulates and draws all environments on one device; images are torch tensors there.
 """

@@ -24,35 +24,40 @@ class ObservationBuffer:
     """The current observations of N environments, written row by row and handed out as copies.
 
     Args:
-        pixels: {camera: (N, h, w, 3) uint8} to write images to, such as shared memory; None allocates.
+        pixels: {camera: (N, h, w, 3) uint8} to write images to, such as shared memory or tensors; None allocates.
     """
 
-    def __init__(self, config: EnvConfig, num_envs: int, pixels: dict[str, NDArray[np.uint8]] | None = None) -> None:
+    def __init__(self, config: EnvConfig, num_envs: int, pixels: dict[str, Any] | None = None) -> None:
         self._task = config.instruction
-        self.pixels = empty_pixels(config, num_envs) if pixels is None else pixels
+        self.pixels: dict[str, Any] = empty_pixels(config, num_envs) if pixels is None else pixels
         self.agent_pos = np.zeros((num_envs, NUM_JOINTS), dtype=np.float32)
         self.environment_state: NDArray[np.float32] | None = None
         if config.environment_state:
             self.environment_state = np.zeros((num_envs, len(ENVIRONMENT_STATE_NAMES)), dtype=np.float32)
 
-    def write(self, row: int, observation: Mapping[str, Any]) -> None:
-        """Stores what `Simulation.observation` gives."""
-        self.agent_pos[row] = observation["agent_pos"]
-        for camera, image in observation.get("pixels", {}).items():
-            self.pixels[camera][row] = image
+    def write(self, rows: Sequence[int], observation: Observation) -> None:
+        """Stores what the environments `rows` show."""
+        chosen = list(rows)
+        self.agent_pos[chosen] = observation["agent_pos"]
+        for camera, images in observation.get("pixels", {}).items():
+            self.pixels[camera][chosen] = images
         if self.environment_state is not None:
-            self.environment_state[row] = observation["environment_state"]
+            self.environment_state[chosen] = observation["environment_state"]
 
     def read(self, rows: NDArray[np.int64] | slice = slice(None)) -> Observation:
         """A copy of the chosen rows as one batched observation."""
         observation: Observation = {
-            "pixels": {camera: images[rows].copy() for camera, images in self.pixels.items()},
+            "pixels": {camera: _copied(images[rows]) for camera, images in self.pixels.items()},
             "agent_pos": self.agent_pos[rows].copy(),
         }
         if self.environment_state is not None:
             observation["environment_state"] = self.environment_state[rows].copy()
         observation["task"] = [self._task] * len(observation["agent_pos"])
         return observation
+
+
+def _copied(images: Any) -> Any:
+    return images.clone() if hasattr(images, "clone") else images.copy()  # a tensor, which this package cannot name
 
 
 def empty_pixels(config: EnvConfig, num_envs: int) -> dict[str, NDArray[np.uint8]]:
@@ -131,8 +136,8 @@ class InProcessVectorEnv(SO101VectorEnv):
         """Puts one simulation at the start of the episode of `seed`."""
 
     @abstractmethod
-    def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
-        """The single observations of these environments' current instants."""
+    def _observe(self, envs: Sequence[int]) -> Observation:
+        """What these environments, one at least, show of their current instants, without the task."""
 
     @abstractmethod
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
@@ -238,9 +243,10 @@ class InProcessVectorEnv(SO101VectorEnv):
     def _observe_chunk_end(self, score: ChunkScore, live: NDArray[np.int64], next_seeds: Sequence[int] | None) -> None:
         """Renders what will be seen: last instants of truncated episodes, then the next one to decide on."""
         timed_out, ended = np.flatnonzero(score.truncated), np.flatnonzero(score.terminated | score.truncated)
-        for env, observation in zip(timed_out.tolist(), self._observe(timed_out.tolist()), strict=True):
-            self._final.write(env, observation)
-            self._current.write(env, observation)
+        if len(timed_out):
+            observation = self._observe(timed_out.tolist())
+            self._final.write(timed_out.tolist(), observation)
+            self._current.write(timed_out.tolist(), observation)
         if next_seeds is None:
             self._ended[ended] = True
             live = np.setdiff1d(live, timed_out)
@@ -250,8 +256,8 @@ class InProcessVectorEnv(SO101VectorEnv):
         self._observe_current(live.tolist())
 
     def _observe_current(self, envs: Sequence[int]) -> None:
-        for env, observation in zip(envs, self._observe(envs), strict=True):
-            self._current.write(env, observation)
+        if len(envs):
+            self._current.write(envs, self._observe(envs))
 
     def close(self) -> None:
         """See `ChunkVectorEnv.close`."""

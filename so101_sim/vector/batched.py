@@ -10,7 +10,7 @@ import numpy as np
 from mujoco.batch import Batch
 from numpy.typing import NDArray
 
-from reinflow.env import usable_cores
+from reinflow.env import Observation, usable_cores
 from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import ChunkScore, EpisodeLog
@@ -45,14 +45,15 @@ class BatchedVectorEnv(InProcessVectorEnv):
         row = self._rows[env]
         self._logs[env].begin(seed, self.scene.block_height(row), self.scene.begin_trace(row))
 
-    def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
+    def _observe(self, envs: Sequence[int]) -> Observation:
         rows = self._rows[list(envs)]
-        seen: dict[str, Sequence[Any] | NDArray[Any]] = {"agent_pos": self.scene.agent_pos(rows)}
+        seen: Observation = {"agent_pos": self.scene.agent_pos(rows)}
         if self._renderer is not None:
-            seen["pixels"] = self._renderer.render_all(rows[:, : self.scene.model.nq])
+            drawn = self._renderer.render_all(rows[:, : self.scene.model.nq])
+            seen["pixels"] = {camera: np.stack([images[camera] for images in drawn]) for camera in self.config.cameras}
         if self.config.environment_state:
             seen["environment_state"] = self.scene.environment_state(rows, [self._logs[env].length for env in envs])
-        return [dict(zip(seen, values, strict=True)) for values in zip(*seen.values(), strict=True)]
+        return seen
 
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
         if not len(live):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reinflow.env import Observation
 from so101_mujoco_utils import Array
 from so101_sim.config import EnvConfig
 from so101_sim.episode import ChunkScore, EpisodeLog
@@ -31,8 +32,8 @@ class SequentialVectorEnv(InProcessVectorEnv):
     def _start_episode(self, env: int, seed: int) -> None:
         self.simulations[env].start_episode(episode_generator(seed), seed, follow=True)
 
-    def _observe(self, envs: Sequence[int]) -> list[dict[str, Any]]:
-        return [self.simulations[env].observation() for env in envs]
+    def _observe(self, envs: Sequence[int]) -> Observation:
+        return _stacked([self.simulations[env].observation() for env in envs])
 
     def _advance(self, actions: Array, live: NDArray[np.int64]) -> list[ChunkScore]:
         return [self.simulations[env].advance(chunk) for env, chunk in zip(live.tolist(), actions, strict=True)]
@@ -61,3 +62,14 @@ class SequentialVectorEnv(InProcessVectorEnv):
         for simulation in self.simulations:
             simulation.close()
         super().close()
+
+
+def _stacked(singles: Sequence[Mapping[str, Any]]) -> Observation:
+    """What `Simulation.observation` gives of several environments as one observation."""
+    stacked: Observation = {"agent_pos": np.stack([single["agent_pos"] for single in singles])}
+    if "pixels" in singles[0]:
+        cameras = singles[0]["pixels"]
+        stacked["pixels"] = {camera: np.stack([single["pixels"][camera] for single in singles]) for camera in cameras}
+    if "environment_state" in singles[0]:
+        stacked["environment_state"] = np.stack([single["environment_state"] for single in singles])
+    return stacked
