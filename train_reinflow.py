@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from reinflow import run_command
+from reinflow.ranks import in_ranks
 from reinflow.schedules import in_critic_warmup, linear_decay, noise_bounds, warmup_lr
 from reinflow.settings import (
     FRACTION,
@@ -119,6 +120,14 @@ class TrainingConfig:
     """The run saves and stops when an iteration ends after that long, and --resume goes on; 0 is no limit."""
     num_parallel_envs: Annotated[int, ENVIRONMENTS, tyro.conf.arg(aliases=["--parallel-envs", "--num-envs"])] = 1
     """Environments that act at once; one forward pass serves them all. 1 is the sequential mode."""
+    rollout_backend: Literal["local", "ray"] = "local"
+    """Who plays the rollouts: this process, or workers on Ray with copies of the policy (docs/cluster.md)."""
+    num_rollout_workers: Annotated[int, Range(1, 4_096)] = 1
+    """Workers of rollout_backend=ray, which share num_parallel_envs."""
+    rollout_worker_cpus: Annotated[int, Range(1, 1_024)] = 1
+    """CPUs that each of them asks Ray for, and threads that it uses."""
+    rollout_worker_gpus: Annotated[float, NOT_NEGATIVE] = 0.0
+    """GPUs likewise, such as .25 for four workers on one; 0 acts on the CPU."""
     episodes_per_iteration: Annotated[int, POSITIVE] = 40
     """Episodes per rollout. 40 x 3 decisions fill one optimiser batch of the seed settings (8 x 15)."""
     rollout_steps: Annotated[int, NOT_NEGATIVE] = 0
@@ -263,7 +272,10 @@ class TrainingConfig:
     height_alignment_bonus: float = 0.05
     """Seed reward per control step with the tool above the block."""
     use_subproc_env: bool = False
-    """Worker processes instead of mujoco.batch for num_parallel_envs > 1."""
+    """Worker processes instead of mujoco.batch for num_parallel_envs > 1: the same as vector=subproc."""
+    vector: Literal["auto", "sequential", "subproc", "batched", "warp"] = "auto"
+    """Form of the rollouts' environments: auto is sequential for one, batched for more; these and subproc give the same
+    numbers. warp simulates and draws them by MuJoCo Warp on the policy's device, in fp32; evaluations stay on auto."""
     render: bool = False
     """Open the MuJoCo viewer on the first environment; needs a display and num_parallel_envs 1."""
     headless: bool = False
@@ -408,20 +420,26 @@ def train(config: TrainingConfig) -> None:
 
 
 def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
-    """Act with exploration noise for whole episodes."""
+    """Act with exploration noise for whole episodes, here or on workers."""
+    from reinflow.distributed import total
+    from reinflow.playing import of_all_ranks
     from reinflow.rollout import collect_rollout
+    from reinflow.rollout_workers import RolloutWorkers
 
     sigma_min, sigma_max = noise_bounds(
         run.progress, config.sigma_min, config.sigma_max,
         config.noise_schedule, config.noise_decay_start, config.noise_decay_ratio, config.noise_decay_end,
     )  # fmt: skip
     run.policy.set_noise_bounds(sigma_min, sigma_max)
-    with run.rollout_bar(config.decisions_per_iteration) as after_chunk:
-        buffer, info, run.current = collect_rollout(
-            run.policy, run.env, run.current, config.chunk_steps_per_rollout,
+    workers = run.env if isinstance(run.env, RolloutWorkers) else None
+    collect = workers.collect_rollout if workers else partial(collect_rollout, run.policy, run.env)
+    with run.rollout_bar(config.chunk_steps_per_rollout * run.env.num_envs) as after_chunk:
+        buffer, info, run.current = collect(
+            run.current, config.chunk_steps_per_rollout,
             config.chain(), config.rollout(), run.learner.normalizer, run.seeds, after_chunk,
         )  # fmt: skip
-    run.count(info.episodes, int(buffer.active.sum()))
+    info = of_all_ranks(info, run.env)
+    run.count(info.episodes, int(total(float(buffer.active.sum()))[0]))
     run.metrics |= info.metrics() | {"noise/sigma_min": sigma_min, "noise/sigma_max": sigma_max}
     return buffer
 
@@ -446,16 +464,18 @@ def evaluate(run: Run, config: TrainingConfig) -> None:
 
 def report(run: Run, config: TrainingConfig, when: Literal["before", "after"]) -> None:
     """Noise-free success on reporting seeds, before training and of the best checkpoint after; it chooses nothing."""
+    from reinflow.distributed import is_writer
     from reinflow.evaluate import write_eval_info
     from reinflow.paired import change_since
     from reinflow_so101.policy_card import TASK_GROUP
     from reinflow_so101.report.after import played_policy, write_page
 
-    if config.report_episodes == 0 or run.stop_requested or (when == "before" and run.iteration > 0):
+    if config.report_episodes == 0 or run.stopping() or (when == "before" and run.iteration > 0):
         return
     if when == "after":
         run.load_best()
-    if result := play(run, config, config.report_seed, config.report_episodes):
+    result = play(run, config, config.report_seed, config.report_episodes)
+    if result and is_writer():
         info = result.to_lerobot_info(config.env_id or TASK_GROUP) | {"policy": played_policy(run, when)}
         write_eval_info(run.run_dir / f"eval_{when}.json", info)
         run.tracker.message(f"{when} training, seeds from {config.report_seed}: {result.summary()}")
@@ -505,7 +525,7 @@ def start(argv: Sequence[str]) -> None:
 
 def main() -> None:
     """train_reinflow.py, reinflow-train."""
-    run_command("train_reinflow", lambda: start(sys.argv[1:]))
+    run_command("train_reinflow", lambda: in_ranks(lambda: start(sys.argv[1:])))
 
 
 def sweep_main() -> None:

@@ -81,9 +81,15 @@ METRICS: dict[str, str] = {
     "time/rollout": "Seconds of the iteration's rollout.",
     "time/rollout_env": "Seconds of it in the environments.",
     "time/rollout_policy": "Seconds of it in the policy.",
+    "time/broadcast": "Seconds of it until all rollout workers had the changed weights.",
+    "time/gather": "Seconds of it beyond the slowest rollout worker's playing: its part's way here, and the joining.",
     "time/update": "Seconds of the iteration's update.",
+    "time/sync": "Seconds of it in exchanges with the other ranks, the wait for the slowest included; several ranks only.",
     "time/eval": "Seconds of the evaluation.",
     "time/iteration": "Seconds of the whole iteration.",
+    "ray/broadcast_mb": "Megabytes of changed weights that every rollout worker was sent.",
+    "ray/rollout_mb": "Megabytes of the rollout that came back from all rollout workers.",
+    "ray/workers_lost": "Rollout workers that were lost and replaced in the iteration.",
 }
 
 

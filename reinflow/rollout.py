@@ -142,10 +142,11 @@ class RolloutState:
         decisions: NDArray[np.int64],
         stride: int = 0,
     ) -> RolloutState:
-        """Encode ``observation``; ``stride`` 0 is as many as there are ``episodes``."""
+        """Encode ``observation``, unless it is empty: then others see and decide, as rollout workers do. ``stride`` 0
+        is as many as there are ``episodes``."""
         observation, broken = mend(observation, len(episodes))
-        state = observation.get("environment_state")
-        return cls(encode(policy, observation), state, episodes, decisions, broken, stride or len(episodes))
+        state, context = observation.get("environment_state"), encode(policy, observation) if observation else {}
+        return cls(context, state, episodes, decisions, broken, stride or len(episodes))
 
     @property
     def next_episodes(self) -> NDArray[np.int64]:

@@ -21,6 +21,8 @@ PI0_FIELDS = (
     "pi0_pretrained_path", "pi0_tokenizer_path", "peft_rank", "pi0_vlm_dtype", "pi0_gradient_checkpointing",
 )  # fmt: skip
 
+WORKER_FIELDS = ("num_rollout_workers", "rollout_worker_cpus", "rollout_worker_gpus")
+
 
 def check_config(config: FlatConfig) -> None:
     """Raise one ConfigError that lists everything wrong with ``config``."""
@@ -104,6 +106,38 @@ def _sizes(c: FlatConfig) -> Iterator[str]:
         yield "render and headless contradict each other: drop one"
     if c.render and c.num_parallel_envs > 1:
         yield "render shows one environment: set num_parallel_envs=1 or drop render"
+
+
+def _workers(c: FlatConfig) -> Iterator[str]:
+    """What rollout workers cannot be joined with, and their fields without them."""
+    if c.rollout_backend == "local":
+        unset = {f.name: f.default for f in dataclasses.fields(c)}
+        for name in WORKER_FIELDS:
+            if getattr(c, name) != unset[name]:
+                yield f"{name}={getattr(c, name)} is not read with rollout_backend=local: add --rollout-backend ray"
+        return
+    if c.num_rollout_workers > c.num_parallel_envs:
+        yield (
+            f"num_rollout_workers={c.num_rollout_workers} exceeds num_parallel_envs={c.num_parallel_envs}: every "
+            "worker plays at least one environment, raise num_parallel_envs"
+        )
+    for name in ("render", "use_subproc_env"):
+        if getattr(c, name):
+            yield f"{name} is not read with rollout_backend=ray, whose workers are processes of their own: drop it"
+
+
+def _vector(c: FlatConfig) -> Iterator[str]:
+    """What a chosen form of the environments cannot be joined with."""
+    if c.vector == "auto":
+        return
+    if c.use_subproc_env and c.vector != "subproc":
+        yield f"use_subproc_env contradicts vector={c.vector}: drop one"
+    if c.render and c.vector != "sequential":
+        yield f"render shows the sequential form, not vector={c.vector}: drop one"
+    if c.env_id:
+        yield f"vector={c.vector} is of the arm and not read with env_id={c.env_id}: drop it"
+    if c.rollout_backend != "local":
+        yield f"vector={c.vector} is not read with rollout_backend={c.rollout_backend}: drop one"
 
 
 def _credit(c: FlatConfig) -> Iterator[str]:
@@ -206,4 +240,4 @@ def _gym(c: FlatConfig) -> Iterator[str]:
             yield f"{name} is of the arm and not read with env_id={c.env_id}: drop it"
 
 
-CHECKS = (_contradictions, _sizes, _environment, _credit, _seeds, _models, _flow_mlp, _pi0, _gym)
+CHECKS = (_contradictions, _sizes, _workers, _vector, _environment, _credit, _seeds, _models, _flow_mlp, _pi0, _gym)

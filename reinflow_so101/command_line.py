@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from reinflow import ConfigError
 from reinflow.settings import CONFIG_FILE, config_from_json, config_to_json, read_config
+from reinflow_so101.checks import WORKER_FIELDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,7 +26,7 @@ CHANGEABLE_ON_RESUME = {
     "num_episodes", "total_timesteps", "max_minutes", "output_dir", "resume", "checkpoint_path", "save_interval",
     "keep_checkpoints",
     "log_interval", "wandb_enabled", "wandb_mode", "render", "headless", "num_threads", "report_episodes", "device",
-    "prefix_cache", "prefix_cache_gb", "compile_expert",
+    "prefix_cache", "prefix_cache_gb", "compile_expert", "rollout_backend", *WORKER_FIELDS,
 }  # fmt: skip
 
 
@@ -170,7 +171,10 @@ def starting_point[C: DataclassInstance](argv: Sequence[str], presets: Mapping[s
                 f"num_episodes: the run in {run} counts control steps (total_timesteps={saved.total_timesteps:,}): "
                 "give --total-timesteps"
             )
-        shown = {"render": False} if "--headless" in argv else {}
+        shown: dict[str, Any] = {"render": False} if "--headless" in argv else {}
+        if flag_value(argv, "--rollout-backend", "--rollout_backend") == "local":
+            unset = {f.name: f.default for f in dataclasses.fields(saved)}
+            shown |= {"rollout_backend": "local"} | {name: unset[name] for name in WORKER_FIELDS}
         return dataclasses.replace(saved, **shown)
     start = config_of_file(file, presets, preset) if file else preset_of(presets, preset)
     start = dataclasses.replace(start, **_task(argv, start, bool(file)))

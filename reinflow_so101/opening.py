@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from reinflow import ConfigError
 from reinflow.env import usable_cores
+from reinflow.launch import launched, local_rank
 from reinflow.progress import spinner
 from reinflow.settings import check_same_settings, config_to_json, cut, read_config, refuse_existing_run
 from reinflow_so101.checks import FlatConfig
@@ -28,33 +30,37 @@ from reinflow_vla.directory import brings_its_backbone
 from so101_sim.tasks.registry import describe, how_to_choose, nearest_task
 
 if TYPE_CHECKING:  # torch and LeRobot are loaded when a training starts
+    from reinflow.env import ChunkVectorEnv
     from reinflow.policy import FlowPolicy
     from reinflow.run import Run
+    from reinflow_so101.policies import PolicySettings
 
 
 def open_run(config: FlatConfig) -> tuple[FlatConfig, Run]:
     """A new run in its own directory, or with ``config.resume`` the saved one; and its settings as they came out."""
+    from reinflow.distributed import from_writer, is_writer
     from reinflow_so101.manifest import write_start
 
     config, start = _prepare(config)
     run_dir = Path(config.output_dir)
     if not (config.resume or config.output_dir):
         stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-        run_dir = fresh_directory(f"outputs/train/{stamp}_{config.preset}")
+        run_dir = from_writer(lambda: fresh_directory(f"outputs/train/{stamp}_{config.preset}"))
     config, run = make_run(config, run_dir, start)
     run = run.resume(start.checkpoint) if config.resume else run.start()
-    write_start(run.run_dir, run.policy, config)
+    if is_writer():
+        write_start(run.run_dir, run.policy, config)
     return config, run
 
 
 def check_start(config: FlatConfig) -> None:
     """Everything up to the first step of a training, without a trace: policy, scene, first images, room on the disk."""
-    from reinflow.rollout import RolloutState
+    from reinflow.playing import begin
 
     config, start = _prepare(config)
     config, run = make_run(config, Path(config.output_dir), start)
     try:
-        RolloutState.start(run.policy, run.env, run.seeds)
+        begin(run.policy, run.env, run.seeds)
         print(run.describe_room())
     finally:
         run.env.close()
@@ -78,14 +84,19 @@ class Start:
 def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
     """The config as it will be used, and what the run starts from: what needs no weights to be refused."""
     from reinflow.checkpoint import resolve_checkpoint
+    from reinflow.distributed import from_writer
     from so101_sim.scene import check_scene
+    from so101_sim.vector.warp import check_warp
 
+    own_environments(config)
+    if config.vector == "warp":
+        check_warp()
     chosen, run_dir = None, Path(config.output_dir)
     if config.resume:
         check_same_settings(config_to_json(config), read_config(run_dir), CHANGEABLE_ON_RESUME)
-        chosen = resolve_checkpoint(named_checkpoint(config.checkpoint_path) or run_dir)
+        chosen = from_writer(lambda: resolve_checkpoint(named_checkpoint(config.checkpoint_path) or run_dir))
     elif config.output_dir:
-        refuse_existing_run(run_dir)
+        from_writer(lambda: refuse_existing_run(run_dir))
     if config.auto_scale:
         from reinflow_so101.auto_scale import auto_scale
 
@@ -98,6 +109,23 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
     if not config.env_id:
         check_scene(config.env())
     return config, start
+
+
+def own_environments(config: FlatConfig) -> int:
+    """How many of the run's environments are this rank's. Raises ConfigError where some rank would have none."""
+    from reinflow.distributed import share, size
+
+    if config.num_parallel_envs < size():
+        raise ConfigError(
+            f"num_parallel_envs={config.num_parallel_envs} cannot be shared by {size()} ranks: raise it to a multiple "
+            "of them, or start fewer"
+        )
+    if size() > 1 and config.rollout_backend != "local":
+        raise ConfigError(
+            f"rollout_backend={config.rollout_backend} serves one learner, {size()} ranks were started: leave out "
+            "torchrun, or take rollout_backend=local"
+        )
+    return len(share(config.num_parallel_envs))
 
 
 def settle(config: FlatConfig, directory: Path, door: DoorSettings | None = None) -> FlatConfig:
@@ -200,8 +228,6 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
         run_dir: of the run.
         start: what it starts from; None is the policy that ``config`` names.
     """
-    import torch
-
     from reinflow.learner import PPOLearner
     from reinflow.run import Run
     from reinflow_so101.doctor_rules import RULES
@@ -209,21 +235,17 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
     from reinflow_so101.policies import build_policy
     from reinflow_so101.report.after import RESULTS
 
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    device = pick_device(config.device, or_any=config.resume)
+    device = _own_part_of_the_machine(config)
     wanted = replace(config.policy(), policy_path=str(start.policy)) if start else config.policy()
     if start and start.is_copy:
         wanted = replace(wanted, rename_map="", normalization="auto", joint_frame="auto", calibration="")
     with spinner("loading the policy"):
-        policy = build_policy(wanted, config.env(), config.decisions_per_iteration, device)
-    config = replace(config, **policy.settled())
+        policy = build_policy(wanted, config.env(), config.chunk_steps_per_rollout * own_environments(config), device)
+    config = replace(config, **_settled(policy))
     learner = PPOLearner(policy, config.chain(), config.learner(), config.seed, config.rescore_log_probs)
-    backend = "subproc" if config.use_subproc_env else "auto"
-    env = make_world(config.world(), config.num_parallel_envs, backend, viewer=config.render)
-    cores = min(env.num_envs, usable_cores())
+    env = _environments(config, wanted, policy, start)
     print(manifest(policy, config))
-    print(f"policy on {device}, {torch.get_num_threads()} torch threads; {env.num_envs} environments on {cores} cores")
+    print(_who_works_where(device, env))
     run = Run(
         run_dir, policy, env, learner, config.run(), config_to_json(config),
         rules=RULES, changeable=CHANGEABLE_ON_RESUME, policy_card=world_card(config.world()),
@@ -232,6 +254,83 @@ def make_run(config: FlatConfig, run_dir: Path, start: Start | None = None) -> t
         tags=(config.preset, config.env_id or nearest_task(config.env()), config.model_type), results=RESULTS,
     )  # fmt: skip
     return config, run
+
+
+def _environments(
+    config: FlatConfig, wanted: PolicySettings, policy: FlowPolicy, start: Start | None
+) -> ChunkVectorEnv:
+    """Those of ``config``: in this process, or with copies of ``policy`` on rollout workers."""
+    if config.rollout_backend == "local":
+        backend = "subproc" if config.use_subproc_env else config.vector
+        if backend == "warp":
+            print("vector=warp: MuJoCo Warp compiles its kernels once on every machine, which takes a minute or two")
+        with spinner("making the environments"):
+            return make_world(
+                config.world(), own_environments(config), backend, viewer=config.render, device=str(policy.device)
+            )
+    from reinflow.checkpoint import LAST, PRETRAINED
+    from reinflow.rollout_workers import RolloutWorkers
+    from reinflow_so101.workers import Copy, for_workers
+
+    directory, weights = Path(wanted.policy_path), start.weights if start else ""
+    name = config.policy_path
+    if start and start.checkpoint and start.is_copy:  # any of the run's will do: all differ in what workers are sent
+        directory, weights = start.checkpoint.parent / LAST / PRETRAINED, ""
+        name = str(directory)
+    settings = for_workers(replace(wanted, **policy.settled()), name, directory)
+    make = Copy(settings, config.env(), config.world(), config.chunk_steps_per_rollout, weights)
+    with spinner("starting rollout workers"):
+        return RolloutWorkers(
+            policy, make, config.num_parallel_envs, config.num_rollout_workers,
+            config.rollout_worker_cpus, config.rollout_worker_gpus,
+        )  # fmt: skip
+
+
+def _own_part_of_the_machine(config: FlatConfig) -> str:
+    """The device of this process; it takes its threads, and as one of several ranks its share of them and its GPU.
+
+    Raises:
+        ConfigError: there is no such device, or fewer GPUs than ranks on this machine.
+    """
+    import torch
+
+    if config.num_threads or launched():
+        torch.set_num_threads(config.num_threads or usable_cores())
+    device = pick_device(config.device, or_any=config.resume)
+    gpus = torch.cuda.device_count() if device == "cuda" and launched() else 0
+    if gpus <= 1:  # none, the only one, or the one that the launcher lets this process see
+        return device
+    if local_rank() >= gpus:
+        raise ConfigError(
+            f"device=cuda: {gpus} GPUs for rank {local_rank()} of this machine: start a rank for each GPU"
+        )
+    torch.cuda.set_device(local_rank())
+    os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(local_rank()))  # else all draw on the first
+    return f"cuda:{local_rank()}"
+
+
+def _who_works_where(device: str, env: ChunkVectorEnv) -> str:
+    import torch
+
+    from reinflow.distributed import size
+    from reinflow.rollout_workers import RolloutWorkers
+
+    each = f"{size()} ranks, the first of them: " if size() > 1 else ""
+    environments = f"{env.num_envs} environments on {min(env.num_envs, usable_cores())} cores"
+    if isinstance(env, RolloutWorkers):
+        environments = env.describe()
+    return f"{each}policy on {device}, {torch.get_num_threads()} torch threads; {environments}"
+
+
+def _settled(policy: FlowPolicy) -> dict[str, object]:
+    """What the policy chose by itself. Raises ConfigError where the ranks' policies chose differently."""
+    from reinflow.distributed import gather
+
+    chosen = gather(policy.settled())
+    for number, other in enumerate(chosen):
+        if other != chosen[0]:
+            raise ConfigError(f"rank 0 chose {chosen[0]}, rank {number} {other}: name one, such as prefix_cache=kv")
+    return dict(chosen[0])
 
 
 def _start_policy(config: FlatConfig, resumed: Path | None) -> Start:

@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 World = EnvConfig | GymConfig
 
 
-def make_world(world: World, num_envs: int, backend: str = "auto", viewer: bool = False) -> ChunkVectorEnv:
-    """N environments. `backend` and `viewer` are of the arm; see so101_sim.vector.make."""
+def make_world(
+    world: World,
+    num_envs: int,
+    backend: str = "auto",
+    viewer: bool = False,
+    num_threads: int | None = None,
+    device: str = "cpu",
+) -> ChunkVectorEnv:
+    """N environments on `num_threads` cores, None is all of them. `backend`, `viewer` and `device` are of the arm; see
+    so101_sim.vector.make."""
     if isinstance(world, GymConfig):
         from reinflow_gym.vector import make_gym_env
 
-        return make_gym_env(world, num_envs)
+        return make_gym_env(world, num_envs, 0 if num_threads == 1 else num_threads)
     from so101_sim.vector.make import make_vector_env
 
-    return make_vector_env(world, num_envs, backend, viewer=viewer)  # type: ignore[arg-type]
+    return make_vector_env(world, num_envs, backend, num_threads, viewer, device)  # type: ignore[arg-type]
 
 
 def world_card(world: World) -> dict[str, str]:
