@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from reinflow.distributed import mean_and_var
+
 
 class NoiseHead(nn.Module):
     """Std of the exploration noise per action dim, bounded to [sigma_min, sigma_max] (seeds' noise_mlp).
@@ -54,11 +56,10 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Add rows (..., dim) (Chan et al.'s parallel update)."""
-        rows = rows.detach().flatten(0, -2).float()
-        var, mean = torch.var_mean(rows, dim=0, correction=0)
-        old, total = self.count, self.count + len(rows)
-        delta, share = mean - self.mean, len(rows) / total
+        """Add rows (..., dim) of all ranks (Chan et al.'s parallel update)."""
+        added, mean, var = mean_and_var(rows.detach().flatten(0, -2).float())
+        old, total = self.count, self.count + added
+        delta, share = mean - self.mean, added / total
         self.var.copy_((1 - share) * self.var * (old > 0) + share * var + share * (1 - share) * delta**2 * (old > 0))
         self.mean.add_(share * delta)
         self.count.copy_(total)

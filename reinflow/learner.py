@@ -1,17 +1,25 @@
-"""One PPO update over a rollout: targets, ratio guard, policy steps with KL control, critic steps."""
+"""One PPO update over a rollout: targets, ratio guard, policy steps with KL control, critic steps.
+
+On several ranks (reinflow/distributed.py) an update is the one that a single process would make of all their rollouts.
+Every minibatch is one of the whole's: a rank scores the rows of it that are its own, weighted by their share, and
+gradients are summed before an optimiser step. What decides something (statistics, norms, KL) is the same number on all.
+An update exchanges, in messages that do not grow in number with the decisions: the rollout's small figures once; three
+small ones to guard the ratio and compare weights; for a policy step three and the gradient (with K-FAC also the
+covariances and the solved directions), and one for each KL measured; for a critic step one and its gradient.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from reinflow import ConfigError, UserError, ppo
+from reinflow import ConfigError, distributed, ppo, ratio_guard
 from reinflow.credit import Advantages, advantages_by_control_step, advantages_by_decision
 from reinflow.flow import ChainScore, ChainSpec, group_advantage, group_mask
 from reinflow.gradient_noise import GradientMemory, noise_scale
@@ -21,17 +29,14 @@ from reinflow.ppo import full_batches
 from reinflow.progress import tracked
 from reinflow.rollout import CreditPer, RolloutBuffer
 from reinflow.rollout_batch import RolloutBatch
-from reinflow.rounding import narrow_products
 from reinflow.training_state import load_optimizer
 from reinflow.update_log import MeanLog, Probe
+from reinflow.whole_rollout import WholeRollout
 
 RATIO_TOLERANCE = 1e-4
+RatioGuardError = ratio_guard.RatioGuardError
 OVERSHOOT = 1.5  # a step whose KL exceeds this many target_kl is undone, if undo_overshoot
 KL_SAMPLE = 128  # decisions on which the KL is measured after every optimiser step
-
-
-class RatioGuardError(UserError, RuntimeError):
-    """The policy that is about to be updated does not give the log-probs it acted with."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class PPOLearner:
         """One iteration's update.
 
         Args:
-            buffer: the rollout, sampled by the current weights.
+            buffer: the rollout (this rank's), sampled by the current weights.
             lr_factor: of the schedule, on the policy's learning rate; with natural steps on ``target_kl``.
             critic_only: leave the policy as it is (critic warm-up, on the same targets).
 
@@ -109,36 +114,43 @@ class PPOLearner:
         Raises:
             RatioGuardError: the weights do not reproduce the rollout's log-probs.
             ConfigError: one optimiser step asks for more decisions than the rollout has.
+            UserError: the ranks' weights came apart.
         """
-        start = time.perf_counter()
-        if self.settings.batch_size > buffer.num_decisions:
-            raise ConfigError(
-                f"minibatch_size={self.settings.minibatch_size} x gradient_accumulation_steps="
-                f"{self.settings.gradient_accumulation_steps} exceeds the {buffer.num_decisions} decisions of a "
-                "rollout, so that no step would be made: lower one of them, or collect more"
-            )
+        start, waited = time.perf_counter(), distributed.TRAFFIC.seconds
+        whole = WholeRollout.of(buffer, self._advantages(buffer))
+        self._refuse_too_few(whole.figures.num_decisions)
         lr = 0.0 if critic_only else self.settings.policy_lr * lr_factor * self.lr_scale
         for group in self.policy_optimizer.param_groups:
             group["lr"] = lr
-        advantages = self._advantages(buffer)
-        data = self._flatten(buffer, advantages)
+        data = self._flatten(buffer, whole)
         if len(data) == 0:
             return {"ppo/optimizer_steps": 0.0, "time/update": time.perf_counter() - start}
-        metrics = _advantage_metrics(buffer, advantages)
-        normalized = self._normalize(advantages)
-        metrics["critic/target_shift"] = (normalized.target - normalized.value).mean().item()
+        metrics = _advantage_metrics(whole.figures, whole.advantages)
+        normalized = replace(whole, advantages=self._normalize(whole.advantages))
+        metrics["critic/target_shift"] = (normalized.advantages.target - normalized.advantages.value).mean().item()
         if self.rescore_log_probs:
             self._rescore(data)
         metrics |= self._guard_ratio(data) | {"lr/policy": lr, "lr/critic": self.settings.critic_lr}
         if not critic_only:
             if self.starting_policy is not None:
-                data.anchor = self._anchor(data, self.starting_policy)
+                self._anchor(data, self.starting_policy)
             metrics |= self._move_policy(data, lr_factor)
-            metrics |= _noise_scale(buffer, metrics)
+            metrics |= _noise_scale(whole.figures, metrics)
         metrics |= self._update_critic(normalized)
         for optimizer in (self.policy_optimizer, self.critic_optimizer):
             optimizer.zero_grad(set_to_none=True)  # memory that the next rollout can use
+        distributed.refuse_other_weights(self.policy.trainable_state())
+        if distributed.size() > 1:
+            metrics["time/sync"] = distributed.TRAFFIC.seconds - waited
         return metrics | {"time/update": time.perf_counter() - start}
+
+    def _refuse_too_few(self, decisions: int) -> None:
+        if self.settings.batch_size > decisions:
+            raise ConfigError(
+                f"minibatch_size={self.settings.minibatch_size} x gradient_accumulation_steps="
+                f"{self.settings.gradient_accumulation_steps} exceeds the {decisions} decisions of a rollout, so that "
+                "no step would be made: lower one of them, or collect more"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What an update goes on from, besides the policy's weights; for ``pack_tree``."""
@@ -186,23 +198,34 @@ class PPOLearner:
         self.normalizer.update(advantages.target)
         return advantages._replace(value=old_outputs, target=self.normalizer.normalize(advantages.target))
 
-    def _flatten(self, buffer: RolloutBuffer, advantages: Advantages) -> RolloutBatch:
+    def _flatten(self, buffer: RolloutBuffer, whole: WholeRollout) -> RolloutBatch:
         """Flatten the rollout; what broken episodes did is left out."""
-        valid = buffer.valid.flatten()
-        active = buffer.active.flatten(0, 1)
-        mask = group_mask(active, self.policy.action_dim, self.spec)
-        advantage = group_advantage(advantages.advantage.flatten(0, 1), self.policy.action_dim, self.spec)
-        data = RolloutBatch(
-            context={name: tensor.flatten(0, 1) for name, tensor in buffer.context.items()},
-            chain=buffer.chain.flatten(0, 1),
-            log_prob=buffer.log_prob.flatten(0, 1),
-            mask=mask,
-            advantage=ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else valid),
-            anchor=buffer.chain.new_zeros(buffer.num_decisions, 0),
-            noisy=None if buffer.noisy is None else buffer.noisy.flatten(0, 1),
-            head_inputs=None if buffer.head_inputs is None else buffer.head_inputs.flatten(0, 1),
+        valid, action_dim = whole.figures.valid.flatten(), self.policy.action_dim
+        mask = group_mask(whole.figures.active.flatten(0, 1), action_dim, self.spec)
+        advantage = group_advantage(whole.advantages.advantage.flatten(0, 1), action_dim, self.spec)
+        advantage = ppo.normalize_advantages(advantage, mask if advantage.dim() == 2 else valid)
+        own = whole.decisions()
+        if not bool(valid.all()):
+            mask, advantage = mask[valid], advantage[valid]
+        sound = buffer.valid.flatten()
+        kept = None if bool(sound.all()) else sound.nonzero().flatten().cpu()
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.flatten(0, 1) if kept is None else tensor.flatten(0, 1)[kept]
+
+        chain = rows(buffer.chain)
+        return RolloutBatch(
+            context={name: rows(tensor) for name, tensor in buffer.context.items()},
+            chain=chain,
+            log_prob=rows(buffer.log_prob),
+            mask=own.cut(mask),
+            advantage=own.cut(advantage),
+            anchor=chain.new_zeros(len(chain), 0),
+            groups=mask.sum(1).cpu(),
+            own=own,
+            noisy=None if buffer.noisy is None else rows(buffer.noisy),
+            head_inputs=None if buffer.head_inputs is None else rows(buffer.head_inputs),
         )
-        return data if bool(valid.all()) else data[valid.nonzero().flatten().cpu()]
 
     def _guard_ratio(self, data: RolloutBatch) -> dict[str, float]:
         """Before the first optimiser step the ratio must be 1: the same kernel, weights and cached prefix.
@@ -211,61 +234,28 @@ class PPOLearner:
         """
         size = min(self.settings.minibatch_size, len(data))
         part = data[torch.linspace(0, len(data) - 1, size).long()]  # spread over the rollout
-        score = part.score(self.policy, self.spec)
-        new_log_prob = score.log_prob.detach()
-        error = (new_log_prob - part.log_prob).exp().sub(1).abs().max().item()
-        tolerance = self._tolerance(part, score.noise_std.min().item())
-        if not error <= tolerance:
-            raise RatioGuardError(self._name_the_cause(error, tolerance, new_log_prob, part))
+        score = None if part.empty else part.score(self.policy, self.spec)
+        error = ratio_guard.check_ratio(self.policy, self.spec, part, score, RATIO_TOLERANCE)
         dims = part.log_prob.shape[1]
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
-        total = data.log_prob[:size].sum(1).mean().item() * self._undo_mean(coordinates)
+        first = torch.arange(size)
+        log_prob = data.log_prob[data.own.places(first)].sum(1).mean()
+        before = 0.0 if score is None else ppo.approx_kl(score.log_prob, part.log_prob, part.mask)
+        kl, mean = distributed.total(
+            distributed.part(before, part.group_share), distributed.part(log_prob, data.own.among(first).share)
+        )
         return {
             "ppo/ratio_error_before_update": error,
-            "ppo/kl_before_update": float(ppo.approx_kl(new_log_prob, part.log_prob, part.mask)),
-            "logprob/per_dimension": total / coordinates,
+            "ppo/kl_before_update": kl,
+            "logprob/per_dimension": mean * self._undo_mean(coordinates) / coordinates,
             "logprob/groups": float(dims),
             "logprob/coordinates": coordinates / dims,
         }
 
-    def _tolerance(self, part: RolloutBatch, least_std: float) -> float:
-        """How far the ratio may be off 1 by fp32's rounding alone: RATIO_TOLERANCE, and more in two cases.
-
-        A log-prob of -500 has steps of 6e-5, and a GPU sums a batch of another shape in another order. And a mean that
-        is rounded otherwise moves each of a group's m coordinates by its last digit over the noise's std: sums over
-        hundreds of them under a std of .01 differ by 1e-3 though nothing is wrong.
-        """
-        eps, groups = torch.finfo(torch.float32).eps, part.log_prob.shape[1]
-        coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim) / groups
-        if self.spec.reduction == "mean":
-            coordinates = 1.0
-        moved = 4 * eps * part.chain.abs().max().item() / least_std * math.sqrt(coordinates)
-        return max(RATIO_TOLERANCE, 8 * eps * part.log_prob.abs().max().item(), moved)
-
     @torch.no_grad()
     def _rescore(self, data: RolloutBatch) -> None:
         """Old log-probs by the update's own minibatches: a sum in bf16 or TF32 rounds by the shape of its batch."""
-        data.log_prob = torch.cat([score.log_prob for score in self._scores(data, "scoring again")])
-
-    def _name_the_cause(self, error: float, allowed: float, new: Tensor, part: RolloutBatch) -> str:
-        old = part.log_prob
-        if not (torch.isfinite(new).all() and torch.isfinite(old).all()):
-            cause = "a log-prob is not finite: the weights or observations hold NaN or infinity"
-        elif (new.dtype, old.dtype) != (torch.float32, torch.float32):
-            cause = f"log-probs are {old.dtype} when acting and {new.dtype} when updating; both must be float32"
-        elif self.policy.training:
-            cause = "the policy is in training mode (dropout?); it must be in eval mode for acting and updating"
-        elif narrow := narrow_products(part.context):
-            cause = (
-                f"{narrow}, which round by the shape of their batch: add --rescore-log-probs, or set minibatch_size to "
-                "the number of environments"
-            )
-        else:
-            cause = (
-                "acting and updating do not see the same thing: weights or noise bounds changed after the rollout, "
-                "or the context does not hold everything that the velocity depends on"
-            )
-        return f"ratio is off 1 by {error:.2e} (allowed {allowed:.0e}) before the first optimiser step: {cause}"
+        data.log_prob = self._log_probs(data, "scoring again")
 
     def _move_policy(self, data: RolloutBatch, lr_factor: float) -> dict[str, float]:
         """The policy's steps, and how far they took it."""
@@ -319,6 +309,7 @@ class PPOLearner:
     ) -> tuple[dict[str, float], RolloutBatch]:
         """One step along the natural gradient of the whole rollout, as far as ``target_kl`` (x warm-up) allows."""
         info = self._policy_gradient(data, torch.arange(len(data))) | self.gradients.remember()
+        optimizer.add_up()
         kl_data = data[torch.randperm(len(data), generator=self.generator)[: 2 * KL_SAMPLE]]
         kl = optimizer.step_to_kl(self.settings.target_kl * kl_factor, lambda: self._measure_kl(kl_data))
         if self._scored and self._scored[0] != kl:  # an earlier length was taken instead of the last one tried
@@ -348,48 +339,62 @@ class PPOLearner:
         """Gradient of the batch ``rows``, accumulated over minibatches."""
         s, log = self.settings, MeanLog()
         self.policy_optimizer.zero_grad(set_to_none=True)
-        active_groups = data.mask[rows].sum()
-        for part_rows in tracked(rows.split(s.minibatch_size), "gradient, minibatches"):
+        active_groups, parts = data.groups[rows].sum(), rows.split(s.minibatch_size)
+        for part_rows in tracked(parts, "gradient, minibatches"):
             part = data[part_rows]
-            weight = part.mask.sum() / active_groups  # parts then add up to the full batch's mean
+            if part.empty:
+                continue
+            weight = part.groups.sum() / active_groups  # parts then add up to the full batch's mean
+            share, group_share = part.share, part.group_share  # of a part's two means, those of other ranks beside it
             score = part.score(self.policy, self.spec)
             loss, info = ppo.policy_loss(score.log_prob, part.log_prob, part.advantage, s.clip_epsilon, part.mask)
             entropy = score.entropy.mean()
-            loss = loss - s.entropy_coeff * entropy
+            loss = group_share * loss - s.entropy_coeff * share * entropy
             if s.anchor_coeff > 0:
-                loss = loss + s.anchor_coeff * ((score.mean - part.anchor) ** 2).mean()
+                loss = loss + s.anchor_coeff * share * ((score.mean - part.anchor) ** 2).mean()
             (loss * weight).backward()
             log.add({
                 "loss/policy": loss.item(),
-                "loss/entropy": entropy.item(),
-                "logprob/new_mean": score.log_prob.detach().mean().item(),
-                "noise/std_mean": score.noise_std.mean().item(),
-                "training/clip_fraction": float(info["clip_fraction"]),
-                "ppo/ratio_mean": float(info["ratio_mean"]),
+                "loss/entropy": share * entropy.item(),
+                "logprob/new_mean": share * score.log_prob.detach().mean().item(),
+                "noise/std_mean": share * score.noise_std.mean().item(),
+                "training/clip_fraction": group_share * float(info["clip_fraction"]),
+                "ppo/ratio_mean": group_share * float(info["ratio_mean"]),
+                "ppo/ratio_min": float(info["ratio_min"]),
+                "ppo/ratio_max": float(info["ratio_max"]),
             })  # fmt: skip
-            log.extreme("ppo/ratio_min", float(info["ratio_min"]), min)
-            log.extreme("ppo/ratio_max", float(info["ratio_max"]), max)
+        distributed.add_gradients(self.policy.policy_parameters())
+        log.join(len(parts))
         return log.means()
 
     @torch.no_grad()
-    def _anchor(self, data: RolloutBatch, weights: list[Tensor]) -> Tensor:
-        """Where the policy with ``weights`` would have gone from every stored denoising state."""
+    def _anchor(self, data: RolloutBatch, weights: list[Tensor]) -> None:
+        """Note where the policy with ``weights`` would have gone from every stored denoising state."""
         now = self._snapshot()
         self._restore(weights)
-        means = [score.mean for score in self._scores(data, "anchor")]
+        if means := [score.mean for score in self._scores(data, "anchor")]:
+            data.anchor = torch.cat(means)
         self._restore(now)
-        return torch.cat(means)
 
     def _scores(self, data: RolloutBatch, what: str) -> Iterator[ChainScore]:
         """Of its minibatches, with a bar."""
         for rows in tracked(torch.arange(len(data)).split(self.settings.minibatch_size), f"{what}, minibatches"):
-            yield data[rows].score(self.policy, self.spec)
+            part = data[rows]
+            if not part.empty:
+                yield part.score(self.policy, self.spec)
+
+    @torch.no_grad()
+    def _log_probs(self, data: RolloutBatch, what: str) -> Tensor:
+        """(b, G) under the current weights, by minibatches."""
+        scores = [score.log_prob for score in self._scores(data, what)]
+        return torch.cat(scores) if scores else data.log_prob
 
     @torch.no_grad()
     def _measure_kl(self, data: RolloutBatch) -> float:
         """approx_kl of the current weights against the acting ones."""
-        log_prob = torch.cat([score.log_prob for score in self._scores(data, "KL")])
-        kl = float(ppo.approx_kl(log_prob, data.log_prob, data.mask))
+        log_prob = self._log_probs(data, "KL")
+        kl = distributed.part(ppo.approx_kl(log_prob, data.log_prob, data.mask), data.group_share)
+        (kl,) = distributed.total(kl)
         self._scored = kl, log_prob
         return kl
 
@@ -408,8 +413,10 @@ class PPOLearner:
         log_ratio = torch.where(data.mask, scores - data.log_prob, 0.0).sum(1)
         coordinates = self.spec.noised_dimensions(self.policy.n_action_steps, self.policy.action_dim)
         log_ratio = log_ratio * self._undo_mean(coordinates)
-        small = float(0.5 * (log_ratio**2).mean())
-        return small if small < 1 else max(-float(log_ratio.mean()), 0.0)
+        small, mean = distributed.total(
+            distributed.part(0.5 * (log_ratio**2).mean(), data.share), distributed.part(log_ratio.mean(), data.share)
+        )
+        return small if small < 1 else max(-mean, 0.0)
 
     def _undo_mean(self, coordinates: int) -> float:
         """What the reduction ``mean`` divided a decision's log-prob by; 1 for the others, which sum."""
@@ -427,30 +434,32 @@ class PPOLearner:
         for parameter, saved in zip(self.policy.policy_parameters(), snapshot, strict=True):
             parameter.copy_(saved)
 
-    def _update_critic(self, advantages: Advantages) -> dict[str, float]:
+    def _update_critic(self, normalized: WholeRollout) -> dict[str, float]:
         """Regression of normalised values; it shares no parameter with the policy and needs no KL stop."""
-        s, log = self.settings, MeanLog()
+        s, log, norms, steps = self.settings, MeanLog(), MeanLog(), 0
         parameters = self.policy.critic_parameters()
         if not parameters:
             return {}
-        name = self.policy.critic_input
-        rows_of = advantages.context[name]
+        name, own = self.policy.critic_input, normalized.critic_rows()
+        rows_of = normalized.advantages.context[name]
+        value, target = own.cut(normalized.advantages.value), own.cut(normalized.advantages.target)
         self.policy.observe({name: rows_of})
-        num, batch = len(advantages.target), min(s.batch_size, len(advantages.target))
-        for rows in tracked(list(full_batches(num, batch, s.num_critic_epochs, self.generator)), "critic, steps"):
-            values = self.policy.value({name: rows_of[rows]})
-            loss, _ = ppo.value_loss(values, advantages.value[rows], advantages.target[rows], s.value_clip_epsilon)
+        batch = min(s.batch_size, len(own))
+        for rows in tracked(list(full_batches(len(own), batch, s.num_critic_epochs, self.generator)), "critic, steps"):
+            here, share, steps = own.places(rows), own.among(rows).share, steps + 1
             self.critic_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if len(here):
+                values = self.policy.value({name: rows_of[here]})
+                loss, _ = ppo.value_loss(values, value[here], target[here], s.value_clip_epsilon)
+                (loss * share).backward()
+                log.add({"loss/value": share * loss.item()})
+            distributed.add_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip_norm).item()
             if math.isfinite(norm):
                 self.critic_optimizer.step()
-            log.add({
-                "loss/value": loss.item(),
-                "gradients/critic_norm": norm,
-                "gradients/critic_clipped": float(norm > s.grad_clip_norm),
-            })  # fmt: skip
-        return log.means()
+            norms.add({"gradients/critic_norm": norm, "gradients/critic_clipped": float(norm > s.grad_clip_norm)})
+        log.join(steps)
+        return log.means() | norms.means()
 
 
 def _noise_scale(buffer: RolloutBuffer, info: dict[str, float]) -> dict[str, float]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinflow import distributed
+
 KL_TRIALS, KL_TRIAL_TOLERANCE = 12, 0.2  # to find the length of a step that has the wanted KL
 
 
@@ -70,30 +72,54 @@ class NaturalGradient(torch.optim.Optimizer):
         return {"input": (width, width), "output": (outputs, outputs), "gradient": (outputs, width)}
 
     @torch.no_grad()
+    def add_up(self) -> None:
+        """Covariances become their sums over the ranks, as gradients do by ``distributed.add_gradients``."""
+        if distributed.size() == 1:
+            return
+        for layer in self.layers:
+            if layer not in self._sums:  # no row of this batch is this rank's, or the layer had no part in it
+                shapes, like = self.state_shapes(layer.weight), layer.weight
+                self._sums[layer] = like.new_zeros(shapes["input"]), like.new_zeros(shapes["output"])
+        distributed.add_up([sums for layer in self.layers for sums in self._sums[layer]])
+
+    @torch.no_grad()
     def directions(self) -> list[Tensor]:
         """Natural gradient (out, in [+ 1 for the bias]) of every layer, in the order of ``layers``.
+
+        Each rank solves for its share of the layers.
 
         Raises:
             RuntimeError: no backward pass since ``zero_grad``.
         """
         if not self._sums:
             raise RuntimeError("directions needs a backward pass first")
-        return [self._direction(layer) for layer in self.layers]
+        own = distributed.share(len(self.layers))
+        directions = []
+        for number, layer in enumerate(self.layers):
+            if self._average(layer) and number in own:
+                directions.append(self._solve(layer))
+            else:
+                directions.append(layer.weight.new_zeros(self.state_shapes(layer.weight)["gradient"]))
+        distributed.add_up(directions)
+        return directions
 
-    def _direction(self, layer: nn.Linear) -> Tensor:
+    def _average(self, layer: nn.Linear) -> bool:
+        """Take the batch into a layer's running means; whether it has a gradient at all."""
         group, state = self.param_groups[0], self.state[layer.weight]
-        width = layer.in_features + (layer.bias is not None)
         covariances = self._sums.get(layer)
         if covariances is None or not bool(covariances[1].any()):  # fixed noise: the noise head gets no gradient
-            return layer.weight.new_zeros(layer.out_features, width)
+            return False
         gradients = [p.grad for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
         gradient = torch.cat([g.float().reshape(layer.out_features, -1) for g in gradients], dim=1)
         fresh = (*covariances, gradient)
         for name, new in zip(("input", "output", "gradient"), fresh, strict=True):
             keep = group["momentum"] if name in state else 0.0
             state[name] = new if keep == 0.0 else keep * state[name] + (1 - keep) * new
-        left = self._damped(state["output"], group["damping"])
-        right = self._damped(state["input"], group["damping"])
+        return True
+
+    def _solve(self, layer: nn.Linear) -> Tensor:
+        state, damping = self.state[layer.weight], self.param_groups[0]["damping"]
+        left, right = self._damped(state["output"], damping), self._damped(state["input"], damping)
         return torch.linalg.solve(right, torch.linalg.solve(left, state["gradient"]).T).T
 
     @staticmethod

@@ -7,11 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from reinflow import distributed
+
 PROBE_SIZE = 65_536  # weights that stand for all: a share of them is known to .2 %, and a copy of 98 M is spared
 
 
 class MeanLog:
-    """Means (and extremes) of metrics over the steps of one update."""
+    """Means (and extremes) of metrics over the steps of one update.
+
+    Where ranks share the steps' rows, each adds its part of a step's mean (``distributed.part``), and ``join`` sums.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
@@ -27,6 +32,17 @@ class MeanLog:
 
     def extreme(self, name: str, value: float, pick: Callable[[float, float], float]) -> None:
         self._extremes[name] = pick(value, self._extremes.get(name, value))
+
+    def join(self, steps: int) -> None:
+        """Take in what the other ranks added to the same ``steps`` steps; a rank may have had no row of any."""
+        if distributed.size() == 1:
+            return
+        logs = distributed.gather(({name: total for name, (total, _) in self._sums.items()}, self._extremes))
+        self._sums, self._extremes = {}, {}
+        for sums, extremes in logs:
+            self.add(extremes)
+            for name, value in sums.items():
+                self._sums[name] = (self._sums.get(name, (0.0, 0))[0] + value, steps)
 
     def means(self) -> dict[str, float]:
         return {name: total / count for name, (total, count) in self._sums.items()} | self._extremes

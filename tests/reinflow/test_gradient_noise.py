@@ -8,6 +8,7 @@ import torch
 from reinflow.flow import ChainSpec
 from reinflow.gradient_noise import GradientMemory, noise_scale
 from reinflow.update_log import Probe
+from reinflow.whole_rollout import WholeRollout
 from tests.reinflow.test_learner import SETTINGS, Loop
 
 DIMENSIONS = 4_000
@@ -85,7 +86,8 @@ def test_decision_kl_does_not_depend_on_the_reduction():
     figures = []
     for reduction in ("chunk", "action", "dim", "mean"):
         loop = Loop(ChainSpec(2, reduction))
-        data = loop.learner._flatten(buffer := loop.rollout()[0], loop.learner._advantages(buffer))
+        buffer, _ = loop.rollout()
+        data = loop.learner._flatten(buffer, WholeRollout.of(buffer, loop.learner._advantages(buffer)))
         with torch.no_grad():
             loop.policy.head.bias += 0.01
         figures.append(loop.learner._decision_kl(data))
