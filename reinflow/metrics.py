@@ -84,7 +84,7 @@ METRICS: dict[str, str] = {
     "time/broadcast": "Seconds of it until all rollout workers had the changed weights.",
     "time/gather": "Seconds of it beyond the slowest rollout worker's playing: its part's way here, and the joining.",
     "time/update": "Seconds of the iteration's update.",
-    "time/sync": "Seconds of it in exchanges with the other ranks, the wait for the slowest included; several ranks only.",
+    "time/sync": "Seconds of it in exchanges with the other ranks, the wait for the slowest included.",
     "time/eval": "Seconds of the evaluation.",
     "time/iteration": "Seconds of the whole iteration.",
     "ray/broadcast_mb": "Megabytes of changed weights that every rollout worker was sent.",
