@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the benchmarks on a CUDA machine and writes CSVs to notes/results: the update of the real-size SmolVLA (random
-# weights), and rollouts of 1 to 64 environments with the embedded policy and with a real-size one.
+# weights), rollouts of 1 to 64 environments with the embedded policy and with a real-size one, and MuJoCo Warp worlds
+# where they are installed.
 #
 #     PYTHON=.venv/bin/python benchmarks/gpu.sh [--quick]
 set -euo pipefail
@@ -31,6 +32,10 @@ export HF_HUB_OFFLINE=1 MUJOCO_GL=${MUJOCO_GL:-egl}
 
 "$python" benchmarks/rendering.py --csv "$out/$stamp-rendering.csv" "${flags[@]}"
 "$python" benchmarks/rollout.py --device cuda --csv "$out/$stamp-rollout-tiny.csv" "${flags[@]}"
+
+if "$python" -c "import mujoco_warp" 2>/dev/null; then
+  "$python" benchmarks/warp_worlds.py --device cuda --csv "$out/$stamp-warp.csv" "${flags[@]}"
+fi
 
 # The real-size SmolVLA with random weights, for the two cameras of the preset.
 policy=$(mktemp -d)/policy

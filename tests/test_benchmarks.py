@@ -187,6 +187,15 @@ def test_outcomes_depend_on_policy_and_seed_alone(tmp_path):
     assert len({row["success"] for row in rows}) == 1
 
 
+@pytest.mark.slow
+def test_warp_worlds(tmp_path):
+    pytest.importorskip("mujoco_warp", reason='pip install "reinflow-so101[warp]"')
+    (row,) = quick("warp_worlds", tmp_path)[""]
+    parts = sum(float(row[f"{name}, s"]) for name in ("physics", "drawing", "the rest"))
+    assert parts == pytest.approx(float(row["s for all"]))
+    assert float(row["episodes/s"]) == pytest.approx(int(row["worlds"]) / float(row["s for all"]))
+
+
 def test_gym_speed(tmp_path):
     rows = quick("gym_speed", tmp_path)[""]
     assert all(rate > 0 for row in rows for rate in numbers(row, "steps/s"))

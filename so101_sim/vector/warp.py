@@ -231,8 +231,8 @@ class WarpVectorEnv(InProcessVectorEnv):
         check_warp()
         buffers = (DeviceObservations(config, num_envs, device), DeviceObservations(config, num_envs, device))
         super().__init__(config, num_envs, buffers)
-        self._worlds = WarpWorlds(self.scene, num_envs, device)
-        self._eyes = WarpCameras(self.scene, num_envs, device) if config.render_images else None
+        self.worlds = WarpWorlds(self.scene, num_envs, device)
+        self.views = WarpCameras(self.scene, num_envs, device) if config.render_images else None
         self._data = mujoco.MjData(self.scene.model)
         self._starts: dict[int, Array] = {}  # states that the device does not have yet
         self._rows = np.zeros((num_envs, self.scene.layout.row_size))
@@ -247,16 +247,16 @@ class WarpVectorEnv(InProcessVectorEnv):
     def _send_starts(self) -> None:
         """All at once: each would cost as much as all of them."""
         if self._starts:
-            states = self._worlds.states()
+            states = self.worlds.states()
             states[list(self._starts)] = list(self._starts.values())
-            self._worlds.set_states(states)
+            self.worlds.set_states(states)
             self._starts.clear()
 
     def _observe(self, envs: Sequence[int]) -> Observation:
         rows = self._rows[list(envs)]
         seen: Observation = {"agent_pos": self.scene.agent_pos(rows)}
-        if self._eyes is not None:
-            images = self._eyes.render(self._rows[:, : self.scene.model.nq])
+        if self.views is not None:
+            images = self.views.render(self._rows[:, : self.scene.model.nq])
             seen["pixels"] = {camera: view[list(envs)] for camera, view in images.items()}
         if self.config.environment_state:
             seen["environment_state"] = self.scene.environment_state(rows, [self._logs[env].length for env in envs])
@@ -270,7 +270,7 @@ class WarpVectorEnv(InProcessVectorEnv):
         everyone = np.zeros((self.num_envs, *control.shape[1:]))
         everyone[..., self.scene.layout.actuators] = self.scene.layout.joint_pos_rad(self._rows)[:, None]  # hold still
         everyone[live] = control
-        rows, sound = self._worlds.play(everyone)
+        rows, sound = self.worlds.play(everyone)
         rows, stable = rows[live], sound[live]
         steps = np.array([self._logs[env].length for env in live])
         traces = self.scene.taxonomy.stack(self._logs[env].trace for env in live)
@@ -287,7 +287,7 @@ class WarpVectorEnv(InProcessVectorEnv):
 
     def _simulation_state(self) -> dict[str, Any]:
         self._send_starts()
-        return {"integration": self._worlds.states(), "rows": self._rows.copy()}
+        return {"integration": self.worlds.states(), "rows": self._rows.copy()}
 
     def _set_simulation_state(self, state: Mapping[str, Any]) -> None:
         integration = np.array(state["integration"], dtype=np.float64)
@@ -295,6 +295,6 @@ class WarpVectorEnv(InProcessVectorEnv):
         if integration.shape != expected:
             raise ValueError(f"state is {integration.shape}, this scene's {expected}: another model?")
         self._starts.clear()
-        self._worlds.set_states(integration)
+        self.worlds.set_states(integration)
         self._rows[:] = state["rows"]
         self._logs = [EpisodeLog.restored(episode) for episode in state["episodes"]]
