@@ -433,7 +433,7 @@ def _cause(error: Any) -> str:
     text = " ".join(str(error.cause).split())
     if isinstance(error.cause, UserError):
         return text
-    places = re.findall(r'File "([^"]+)", line (\d+)', error.traceback_str)
+    places = re.findall(r'File "([^"]+)", line (\d+)', str(error))  # Ray appends the worker's traceback
     where = f" ({places[-1][0]}:{places[-1][1]})" if places else ""
     return f"{type(error.cause).__name__}: {text}{where}"
 
