@@ -23,9 +23,10 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ +)*(?:\.venv/bin/)?"
     r"(?:python3? \S|pip |pytest\b|wandb |cat >|(?:\./)?(?:train_reinflow\.py|(?:benchmarks|examples)/\w+\.(?:py|sh))"
-    r"|(?:reinflow|lerobot)-[a-z][a-z0-9-]*(?=\s|$))"
+    r"|(?:torchrun|accelerate launch) (?=.*train_reinflow)|(?:reinflow|lerobot)-[a-z][a-z0-9-]*(?=\s|$))"
 )
 HISTORY = {"notes/LOG.md"}  # what was run then; commands change, a diary does not
+LAUNCHERS = ("torchrun", "accelerate")
 OPERATORS = {"&&", "||", ";", "{", "}", "|", "&"}
 
 
@@ -39,8 +40,17 @@ class Command:
     whole: bool  # a line to copy; False: named in a sentence or a table, perhaps in part
 
     @property
+    def launched(self) -> int:
+        """Words of a launcher before the program that it starts; 0 without one."""
+        if self.words[0].removeprefix(".venv/bin/") not in LAUNCHERS:
+            return 0
+        return next(i for i, word in enumerate(self.words) if word.endswith(".py") or self.words[i - 1] == "-m")
+
+    @property
     def program(self) -> str:
         """train_reinflow.py, reinflow-eval, benchmarks/x.py, lerobot-train, pytest, pip, venv, ..."""
+        if self.launched:
+            return self.words[self.launched].removesuffix(".py") + ".py"
         first = self.words[0].removeprefix(".venv/bin/")
         if re.fullmatch(r"python3?", first):
             return self.words[2] if self.words[1] == "-m" else self.words[1]
@@ -49,6 +59,8 @@ class Command:
     @property
     def flags(self) -> list[str]:
         """What follows the program."""
+        if self.launched:
+            return list(self.words[self.launched + 1 :])
         first = self.words[0].removeprefix(".venv/bin/")
         skipped = (3 if self.words[1] == "-m" else 2) if re.fullmatch(r"python3?", first) else 1
         return list(self.words[skipped:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -62,6 +62,7 @@ RUN_HERE = (
 # What cannot run in a test, by a property that the command must have.
 CANNOT: dict[str, Callable[[Command], bool]] = {
     "is a test itself": lambda c: c.program == "pytest",
+    "is several processes, as in tests/reinflow_so101/test_distributed_run.py": lambda c: c.launched > 0,
     "installs packages": lambda c: c.program in ("pip", "venv"),
     "needs an account": lambda c: c.program == "wandb",
     "needs CUDA": lambda c: "cuda" in c.words or "--gpus" in c.words or c.program == "benchmarks/gpu.sh",
@@ -160,9 +161,22 @@ def test_commands_of_others_name_what_is_there() -> None:
             assert set(extras) <= set(project["optional-dependencies"]), command
             folders = [b for a, b in pairwise(words) if a == "-e"]
             assert all((ROOT / f.split("[")[0] / "pyproject.toml").is_file() for f in folders), command
+        if command.launched:
+            read_launcher(command.words[: command.launched + 1])
         if command.program == "wandb":
             source = Path(find_spec("wandb").submodule_search_locations[0], "cli/cli.py").read_text()
             assert not words or f"\ndef {words[0]}(" in source, command
+
+
+def read_launcher(words: Sequence[str]) -> None:
+    """By its own parser, which ends the program where it does not know a word."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    if words[0].endswith("torchrun"):
+        get_args_parser().parse_args(words[1:])
+    else:
+        launch_command_parser().parse_args(words[2:])
 
 
 def test_flags_that_sentences_name_exist() -> None:
