@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch.utils._pytree import tree_leaves
 
 from reinflow import ConfigError, UserError, distributed
-from reinflow.flow import ChainSpec
+from reinflow.flow import ChainSpec, sample_chain
 from reinflow.flow_mlp import FlowMLP
 from reinflow.heads import ReinFlowCritic, RunningNorm
 from reinflow.learner import LearnerSettings, PPOLearner, RatioGuardError
@@ -209,12 +209,17 @@ def messages(case: Case, buffer: RolloutBuffer) -> list[int]:
     return counts
 
 
-def answer(rank: int, directory: Path, port: int) -> None:
-    """All that the tests ask of a rank, into a file."""
+def join_launch(rank: int, port: int) -> None:
+    """What a launcher does for a process."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+
+
+def answer(rank: int, directory: Path, port: int) -> None:
+    """All that the tests ask of a rank, into a file."""
+    join_launch(rank, port)
     recorded = torch.load(directory / "recorded.pt", weights_only=False)
     with distributed.joined():
         answers = {name: update_all(CASES[name], buffers) for name, buffers in recorded.items()}
@@ -304,3 +309,62 @@ def test_messages_do_not_grow_with_decisions(runs):
     for run in runs[1]:
         (few, many), natural = run["messages"]["adam"], run["messages"]["natural"]
         assert few == many and natural[0] == natural[1] < 30
+
+
+# --- A vision-language-action policy ----------------------------------------------------------------------------------
+
+EXPERT = replace(NATURAL, minibatch_size=3, gradient_accumulation_steps=2, natural_momentum=0.0, entropy_coeff=0.0)
+ACTIONS = ChainSpec(1, "action")
+
+
+def small_vla(directory: Path):
+    """A tiny SmolVLA, its whole expert learning, with noise that is fixed."""
+    from tests.policies import load  # LeRobot, which the other tests' processes need not load
+
+    policy = load("smolvla", directory, 1, n_action_steps=4)
+    policy.noise_mlp.requires_grad_(False)
+    return policy, PPOLearner(policy, ACTIONS, EXPERT, 0)
+
+
+def made_up_rollout(policy) -> RolloutBuffer:
+    """Two decisions of three environments, with rewards from nowhere."""
+    from tests.policies import explore, observe
+
+    context = policy.encode(policy.preprocess(observe(policy, 6)))
+    generator = torch.Generator().manual_seed(3)
+    x_0 = torch.randn(6, policy.denoised_steps, policy.padded_action_dim, generator=generator)
+    sample = sample_chain(policy, context, ACTIONS, x_0, explore(policy, ACTIONS, 6))
+    reward, never = torch.rand(2, 3, generator=generator), torch.zeros(2, 3, dtype=torch.bool)
+    rows = {"chain": sample.chain, "log_prob": sample.log_prob, "noisy": sample.noisy, "value": policy.value(context)}
+    return RolloutBuffer(
+        context={name: value.unflatten(0, (2, 3)) for name, value in policy.to_buffer(context).items()},
+        active=torch.ones(2, 3, 4, dtype=torch.bool), next_value=reward, reward=reward,
+        discount=torch.full((2, 3), 0.99), terminated=never, truncated=never,
+        **{name: value.detach().unflatten(0, (2, 3)) for name, value in rows.items()},
+    )  # fmt: skip
+
+
+def update_vla(rank: int, directory: Path, port: int) -> None:
+    """A rank's part of one update of the recorded rollout."""
+    join_launch(rank, port)
+    policy, learner = small_vla(Path((directory / "policy").read_text()))
+    buffer = torch.load(directory / "buffer.pt", weights_only=False)
+    with distributed.joined():
+        metrics = learner.update(part(buffer, distributed.share(3)))
+        torch.save(([metrics], [*policy.trainable_state().values()]), directory / f"rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_natural_step_of_a_smolvla(tiny_policy_dir, tmp_path):
+    policy, learner = small_vla(tiny_policy_dir)
+    before = [p.detach().clone() for p in policy.policy_parameters()]
+    buffer = made_up_rollout(policy)
+    torch.save(buffer, tmp_path / "buffer.pt")
+    (tmp_path / "policy").write_text(str(tiny_policy_dir))
+    start_ranks(update_vla, tmp_path)
+    metrics = learner.update(buffer)
+    assert metrics["ppo/approx_kl"] > 0.01
+    assert sum(not torch.equal(a, b) for a, b in zip(before, policy.policy_parameters(), strict=True)) > 20
+    for rank in range(RANKS):
+        together = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        assert_same(([metrics], [*policy.trainable_state().values()]), together, 1e-5)
