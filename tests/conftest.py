@@ -9,9 +9,30 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ["TERM"] = "xterm"  # bars are tested on consoles of ours, whatever this one can do
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """A training gives torch the number of threads that its preset asks for; it is no other test's.
+
+    Sums are rounded by how they are spread over threads, and two threads take several times as long as one for the
+    small products of most tests.
+    """
+    _set_threads()
+    yield
+    _set_threads()
+
+
+def _set_threads() -> None:
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
