@@ -184,7 +184,7 @@ def traced(training: FlatConfig) -> PassBytes:
     """``trace_passes``, once for all settings that only say how often and how many."""
     return _traced(replace(
         training, num_parallel_envs=1, use_subproc_env=False, minibatch_size=1, gradient_accumulation_steps=1,
-        prefix_cache="auto", prefix_cache_gb=0.0,
+        episodes_per_iteration=1, prefix_cache="auto", prefix_cache_gb=0.0,
     ))  # fmt: skip
 
 
