@@ -13,6 +13,7 @@ import pytest
 from mujoco.batch import Batch
 
 from so101_sim.scene import PickScene
+from tests.documented_commands import start, started_as
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -24,6 +25,14 @@ def run(script: str, *flags: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_here(capsys: pytest.CaptureFixture[str], script: str, *flags: str) -> str:
+    """The same without a process that imports torch and LeRobot once more."""
+    capsys.readouterr()
+    with started_as(script, flags):
+        start(f"benchmarks/{script}")
+    return capsys.readouterr().out
 
 
 def quick(name: str, tmp_path: Path) -> dict[str, list[dict[str, str]]]:
@@ -43,8 +52,8 @@ def numbers(row: dict[str, str], unit: str) -> list[float]:
     return values
 
 
-def test_kl_scaling(tmp_path):
-    assert "KL" in run("kl_scaling.py", "--quick", "--csv", str(tmp_path / "kl.csv"))
+def test_kl_scaling(tmp_path, capsys):
+    assert "KL" in run_here(capsys, "kl_scaling.py", "--quick", "--csv", str(tmp_path / "kl.csv"))
     assert len((tmp_path / "kl.csv").read_text().splitlines()) == 3
 
 
@@ -69,8 +78,9 @@ def test_plot_runs_reads_recorded_metrics(tmp_path):
     assert rows[-1].split(",")[1] == f"{lines[-1]['progress/episodes']:.5g}"
 
 
-def test_memory_plan_compares_plan_and_process(tmp_path):
-    out = run("memory_plan.py", "--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
+def test_memory_plan_compares_plan_and_process(tmp_path, capsys):
+    flags = ("--policy", "tiny-pi0", "--rows", "2", "--csv", str(tmp_path / "memory.csv"))
+    out = run_here(capsys, "memory_plan.py", *flags)
     assert "forward and backward, 2 decisions" in out
     assert len((tmp_path / "memory.csv").read_text().splitlines()) == 5
 

@@ -26,23 +26,41 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def run_there(installed: Path, code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=installed.parent, capture_output=True, text=True, check=True,
+SHIPPED = """
+import so101_mujoco_utils as u; d = u.model_dir(); print(d)
+from reinflow_vla.smolvla_directory import load_smolvla
+p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)
+from reinflow.flow_mlp import FlowMLP; FlowMLP.from_pretrained(d / 'flow_mlp')
+from train_reinflow import PRESETS
+u.load_model(PRESETS['tiny'].env().model_path); print(u.scene_path(PRESETS['tiny'].env().model_path))
+"""
+COMMANDS = """
+from importlib import import_module
+for target in {targets!r}:
+    module, function = target.split(':')
+    getattr(import_module(module), function)
+    print('command', target)
+"""
+
+
+@pytest.fixture(scope="module")
+def said_there(installed) -> list[str]:
+    """Lines of one process that finds the scene, the policies and then every command, with the wheel alone."""
+    code = SHIPPED + COMMANDS.format(targets=list(scripts().values()))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=installed.parent, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(installed)},
-    ).stdout  # fmt: skip
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
 
 
-def test_wheel_finds_scene_and_policy(installed):
-    code = (
-        "import so101_mujoco_utils as u; d = u.model_dir(); print(d)\n"
-        "from reinflow_vla.smolvla_directory import load_smolvla\n"
-        "p, _, _ = load_smolvla(d / 'tiny_smolvla'); print(p.config.chunk_size)\n"
-        "from reinflow.flow_mlp import FlowMLP; FlowMLP.from_pretrained(d / 'flow_mlp')\n"
-        "from train_reinflow import PRESETS\n"
-        "u.load_model(PRESETS['tiny'].env().model_path); print(u.scene_path(PRESETS['tiny'].env().model_path))"
-    )
-    lines = run_there(installed, code).split()
+def scripts() -> dict[str, str]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+def test_wheel_finds_scene_and_policy(installed, said_there):
+    lines = [word for line in said_there if not line.startswith("command ") for word in line.split()]
     assert lines[0] == str(installed / "so101_sim/model") and lines[-2] == "50"
     assert lines[-1].startswith(str(installed))
 
@@ -52,13 +70,9 @@ def test_wheel_holds_the_reports_page(installed):
     assert {"page.html", "page.css", "page.js"} <= {path.name for path in page.iterdir()}
 
 
-def test_wheel_holds_every_command(installed):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    checks = "\n".join(
-        f"import {module}; {module}.{function}"
-        for module, function in (target.split(":") for target in project["scripts"].values())
-    )
-    run_there(installed, checks)
+def test_wheel_holds_every_command(said_there):
+    found = [line.removeprefix("command ") for line in said_there if line.startswith("command ")]
+    assert found == list(scripts().values()) and len(found) > 15
 
 
 def test_wheel_holds_the_packages_and_the_five_files_and_nothing_else(installed):
