@@ -59,7 +59,7 @@ def _load_warp() -> tuple[Any, Any]:
     check_warp()
     import warp
 
-    warp.config.log_level = 30
+    warp.config.log_level = warp.LOG_WARNING
     import mujoco_warp
 
     return warp, mujoco_warp
@@ -97,7 +97,7 @@ class WarpWorlds:
 
     def _allocate(self) -> None:
         """Data with room for the contacts; compiles what a substep needs, and records a control step's substeps as a
-        graph: launched from Python, the 106 kernels of each cost more than they compute (15 times with 8 worlds here).
+        graph: launched from Python, the 106 kernels of each cost more than they compute (8 worlds on a CPU: 15 times).
         """
         model = self._scene.model
         widest = max(1, int(model.geom_condim.max()))
@@ -192,12 +192,13 @@ class WarpCameras:
 
         model, data, context = self._model, self._data, self._context
         with self._wp.ScopedDevice(self._device):
+            self._wp.synchronize_device(self._device)  # torch, which has a stream of its own, may read the last images
             data.qpos.assign(np.ascontiguousarray(qpos, dtype=np.float32))
             for stage in (self._mjw.kinematics, self._mjw.com_pos, self._mjw.camlight):
                 stage(model, data)
             self._mjw.refit_bvh(model, data, context)
             self._mjw.render(model, data, context)
-            self._wp.synchronize_device(self._device)  # torch has a stream of its own
+            self._wp.synchronize_device(self._device)
             packed = self._wp.to_torch(context.rgb_data)  # (N, pixels of all cameras), each 0xAARRGGBB
         colours = packed.view(torch.uint8).view(self._num_worlds, len(self.cameras), self.size, self.size, 4)
         views = colours.flip(-1)[..., 1:].unbind(1)  # bytes lie from the lowest to the highest: B, G, R, A

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from reinflow_so101.command_line import CHANGEABLE_ON_RESUME
 from reinflow_so101.opening import make_policy
 from reinflow_vla.base import lerobot_batch
 from so101_gym_env import SO101PickEnv
+from so101_mujoco_utils import model_dir
 from so101_sim.config import EnvConfig
 from so101_sim.expert import ScriptedExpert
 from so101_sim.vector import warp
@@ -237,7 +239,8 @@ def test_a_state_comes_from_the_batched_form_and_goes_back(worlds: WarpVectorEnv
         (one,), (two,) = ([env.step_chunk(actions[:, 50:60])] for env in (worlds, batched))
         np.testing.assert_allclose(one.rewards, two.rewards, atol=1e-3)
         batched.set_state(worlds.get_state())
-        assert [stats.success for stats in batched.step_chunk(actions[:, 100:]).episodes] == [True] * 4
+        results = [batched.step_chunk(actions[:, at : at + 45]) for at in (60, 105)]
+        assert [stats.success for result in results for stats in result.episodes] == [True] * 4
 
 
 @needs_warp
@@ -301,6 +304,17 @@ def test_more_contacts_than_expected_are_made_room_for(worlds: WarpVectorEnv) ->
         small.reset(SEEDS)
         assert_same(chunks(small, actions), expected)
         assert small.worlds._contacts > 2
+
+
+@needs_warp
+@pytest.mark.slow
+def test_a_scene_that_cannot_be_simulated_is_refused(tmp_path: Path) -> None:
+    spec = mujoco.MjSpec.from_file(str(model_dir() / "scene.xml"))
+    spec.option.solver = mujoco.mjtSolver.mjSOL_PGS
+    other = tmp_path / "scene.xml"
+    other.write_text(spec.to_xml())
+    with pytest.raises(ConfigError, match=r"vector=warp cannot simulate the scene \(.*\): use --vector batched"):
+        make_vector_env(replace(BLIND, model_path=str(other)), 1, "warp")
 
 
 @needs_warp
