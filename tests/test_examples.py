@@ -1,6 +1,9 @@
 """examples/: another robot on reinflow/ alone starts, resumes, is watched, and learns."""
 
+import contextlib
+import io
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ from reinflow.checkpoint import list_checkpoints
 from reinflow.evaluate import wilson_interval
 from reinflow.metrics import read_metrics
 from reinflow_so101.commands.doctor import examine
+from tests.documented_commands import started_as
 
 REACHER = Path(__file__).parents[1] / "examples/reacher.py"
 
@@ -19,6 +23,14 @@ REACHER = Path(__file__).parents[1] / "examples/reacher.py"
 def reach(run: Path, *flags: str) -> str:
     command = [sys.executable, str(REACHER), "--output-dir", str(run), *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=run.parent).stdout
+
+
+def reach_here(run: Path, *flags: str) -> str:
+    """The same without a process that imports torch once more. Raises SystemExit for a refusal."""
+    out = io.StringIO()
+    with started_as(str(REACHER), ["--output-dir", str(run), *flags]), contextlib.redirect_stdout(out):
+        runpy.run_path(str(REACHER), run_name="__main__")
+    return out.getvalue()
 
 
 def figures(run: Path) -> list[dict]:
@@ -33,19 +45,19 @@ def test_the_example_stays_small_and_knows_reinflow_alone():
 
 def test_reacher_resumes_to_what_it_would_have_been(tmp_path):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
-    reach(straight, "--episodes", "576")
-    reach(parts, "--episodes", "384")
-    assert [p.name for p in list_checkpoints(parts)] == ["000000", "000002"]
-    out = reach(parts, "--episodes", "576", "--resume")
-    assert re.findall(r"^iteration (\d+)", out, re.MULTILINE) == ["3"]
-    assert figures(parts) == figures(straight) and len(figures(parts)) == 3
+    reach(straight, "--episodes", "384")
+    reach_here(parts, "--episodes", "192")
+    assert [p.name for p in list_checkpoints(parts)] == ["000000", "000001"]
+    out = reach_here(parts, "--episodes", "384", "--resume")
+    assert re.findall(r"^iteration (\d+)", out, re.MULTILINE) == ["2"]
+    assert figures(parts) == figures(straight) and len(figures(parts)) == 2
     assert figures(parts)[-1]["rollout/distance"] > 0  # a metric that the environment declares
     assert {"reward/near", "reward/reached"} <= figures(parts)[-1].keys()
     assert "iterations, healthy" in examine(parts)
-    with pytest.raises(subprocess.CalledProcessError):
-        reach(parts, "--episodes", "576")  # a run is never written over
-    with pytest.raises(subprocess.CalledProcessError):
-        reach(parts, "--episodes", "768", "--resume", "--seed", "1")
+    with pytest.raises(SystemExit, match=r"reacher: .*holds a run already"):
+        reach_here(parts, "--episodes", "384")  # a run is never written over
+    with pytest.raises(SystemExit, match=r"reacher: .*seed"):
+        reach_here(parts, "--episodes", "576", "--resume", "--seed", "1")
 
 
 @pytest.mark.slow
