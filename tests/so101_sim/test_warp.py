@@ -1,6 +1,6 @@
 """MuJoCo Warp worlds: they agree with the batched form to fp32's rounding, and what cannot be had is said at once.
 
-What compiles kernels is slow: a fresh machine takes two minutes for them, and 8 s to load them again.
+What needs kernels is slow: a fresh machine compiles them for two minutes.
 """
 
 import json
