@@ -206,6 +206,14 @@ def test_warp_worlds(tmp_path):
     assert float(row["episodes/s"]) == pytest.approx(int(row["worlds"]) / float(row["s for all"]))
 
 
+@pytest.mark.slow
+def test_ranks(tmp_path):
+    one, two = quick("ranks", tmp_path)[""]
+    assert (one["ranks"], one["waiting"], two["ranks"]) == ("1", "0.0%", "2") and two["waiting"] != "0.0%"
+    assert float(one["differs"]) == 0 and float(two["differs"]) < 1e-3
+    assert all(rate > 0 for row in (one, two) for rate in numbers(row, ", s"))
+
+
 def test_gym_speed(tmp_path):
     rows = quick("gym_speed", tmp_path)[""]
     assert all(rate > 0 for row in rows for rate in numbers(row, "steps/s"))
