@@ -4,6 +4,7 @@ ours, the export, LeRobot's evaluation, and LeRobot's rollout on a simulated fol
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,18 +73,25 @@ def chain(folder: Path, plugins: Path, numbers: Numbers, *while_training: str) -
     assert "- Task: lift (" in (exported / "README.md").read_text()
     policy = materialize(exported, folder / "policy")
     assert reinflow_eval.parse_args(["--policy-path", str(policy), "--output-dir", "x"]).env.randomize_block  # ours too
-    lerobot(
-        "eval", plugins, f"--policy.path={policy}", *ENV, f"--eval.n_episodes={numbers.episodes}",
-        f"--eval.batch_size={numbers.episodes}", "--eval.use_async_envs=false", f"--output_dir={folder / 'eval'}",
-    )  # fmt: skip
+    report = folder / "arm.json"
+    with ThreadPoolExecutor() as at_once:  # neither needs the other
+        ended = [
+            at_once.submit(
+                lerobot, "eval", plugins, f"--policy.path={policy}", *ENV, f"--eval.n_episodes={numbers.episodes}",
+                f"--eval.batch_size={numbers.episodes}", "--eval.use_async_envs=false",
+                f"--output_dir={folder / 'eval'}",
+            ),
+            at_once.submit(
+                lerobot, "rollout", plugins, "--strategy.type=base", f"--policy.path={policy}",
+                "--robot.type=so101_simulated", "--robot.id=arm", f"--robot.calibration_dir={folder / 'calibration'}",
+                f"--robot.report={report}", "--task=pick up the block", "--fps=50", f"--duration={numbers.seconds}",
+                "--play_sounds=false", "--device=cpu",
+            ),
+        ]  # fmt: skip
+        for command in ended:
+            command.result()
     overall = read_json(folder / "eval/eval_info.json")["overall"]
     assert overall["n_episodes"] == numbers.episodes and 0 <= overall["pc_success"] <= 100
-    report = folder / "arm.json"
-    lerobot(
-        "rollout", plugins, "--strategy.type=base", f"--policy.path={policy}", "--robot.type=so101_simulated",
-        "--robot.id=arm", f"--robot.calibration_dir={folder / 'calibration'}", f"--robot.report={report}",
-        "--task=pick up the block", "--fps=50", f"--duration={numbers.seconds}", "--play_sounds=false", "--device=cpu",
-    )  # fmt: skip
     assert read_json(report)["actions"] > 10 * numbers.seconds
     return policy
 

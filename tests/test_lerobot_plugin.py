@@ -23,7 +23,9 @@ from so101_sim.tasks.registry import TASKS, task_env
 from tests.lerobot_commands import ROOT, plugin_folder
 
 
+@pytest.mark.slow
 def test_lerobot_finds_it_by_the_distributions_name(tmp_path):
+    """By default tests/test_chain.py holds it: LeRobot's commands are given these types there and know them."""
     code = (
         "from lerobot.utils.import_utils import register_third_party_plugins as r; r()\n"
         "from lerobot.envs.configs import EnvConfig; from lerobot.robots import RobotConfig\n"
