@@ -1,5 +1,6 @@
 """Rollout workers on a real Ray cluster of this machine: the numbers of one process, whatever becomes of a worker."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,19 +269,62 @@ def test_heads_alone_send_heads_alone():
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_after_the_iteration_and_leaves_no_process(tmp_path):
+def test_a_lost_machine_costs_no_number(monkeypatch):
+    """A head without workers and three nodes, of which one is lost with its worker and all that this had played."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    local, remote = opened("flow_mlp"), opened("flow_mlp", **ON_RAY)
+    try:
+        assert_same(local.play(), remote.play())
+        import ray
+
+        actors = {actor["ActorID"]: actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
+        lost = actors[remote.run.env.workers[1].handle._actor_id.hex()]
+        cluster.remove_node(next(node for node in nodes if node.node_id == lost), allow_graceful=False)
+        assert_same(local.play(), remote.play())
+        assert remote.run.metrics["ray/workers_lost"] >= 1
+    finally:
+        remote.run.env.close()
+        local.run.env.close()
+        cluster.shutdown()
+
+
+def marked(mark: str) -> list[str]:
+    """Processes with this word in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if mark.encode() in (entry / "environ").read_bytes() and "Z" not in (entry / "stat").read_text().split()[2]:
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_however_a_run_ends_no_process_is_left(tmp_path, number):
+    """Ctrl-C, which a terminal sends to the whole group, ends it after the iteration at hand."""
     command = [sys.executable, str(ROOT / "train_reinflow.py"), "--preset", "flow_mlp", *SHORT, "--episodes", "100000"]
     command += ["--rollout-backend", "ray", "--num-rollout-workers", "2", "--output-dir", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+    mark = f"REINFLOW_TEST={tmp_path}"
+    env = os.environ | {"REINFLOW_TEST": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.startswith("iteration 2"):
-                os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the whole group
+                assert len([line for line in marked(mark) if line.startswith("ray::RolloutWorker")]) == 2
+                (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
                 break
         rest = run.stdout.read()
-    assert run.returncode == 0 and "go on with: " in rest
-    left = subprocess.run(["ps", "-o", "pid=", "-s", str(run.pid)], capture_output=True, text=True, check=False)
-    assert left.stdout.split() == []
+    if number == signal.SIGINT:
+        assert run.returncode == 0 and "go on with: " in rest
+    give_up = time.monotonic() + 60
+    while marked(mark) and time.monotonic() < give_up:
+        time.sleep(0.5)
+    assert marked(mark) == []
 
 
 @pytest.mark.slow
