@@ -271,11 +271,11 @@ def test_a_rank_that_hangs_ends_the_run_within_30_s(tmp_path):
 
 @pytest.mark.slow
 def test_a_small_vision_policy_on_two_ranks(tmp_path):
-    """The embedded SmolVLA: the first iteration's figures are those of one process."""
+    """The embedded SmolVLA: the first iteration's figures are those of one process, with whole tiles of rows a rank."""
     small = [
-        "--preset", "tiny", "--no-wandb", "--num-envs", "4", "--episodes-per-iteration", "8", "--minibatch-size", "4",
+        "--preset", "tiny", "--no-wandb", "--num-envs", "8", "--episodes-per-iteration", "8", "--minibatch-size", "4",
         "--gradient-accumulation-steps", "1", "--critic-warmup-iters", "0", "--eval-interval", "0",
-        "--report-episodes", "0", "--num-threads", "1", "--episodes", "16", "--device", "cpu",
+        "--report-episodes", "0", "--num-threads", "1", "--episodes", "8", "--device", "cpu",
     ]  # fmt: skip
     start([*small, "--output-dir", str(tmp_path / "one")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
