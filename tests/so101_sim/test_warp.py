@@ -245,6 +245,24 @@ def test_a_state_comes_from_the_batched_form_and_goes_back(worlds: WarpVectorEnv
 
 @needs_warp
 @pytest.mark.slow
+def test_the_next_episodes_start_as_elsewhere(worlds: WarpVectorEnv) -> None:
+    actions = expert_plans(SEEDS)
+    with BatchedVectorEnv(BLIND, 4) as batched:
+        ends, following = [], []
+        for env in (worlds, batched):
+            env.reset(SEEDS)
+            ends.append(chunks(env, actions)[-1])
+            following.append(env.step_chunk(actions[:, :CHUNK]))
+    assert [[(s.env, s.seed, s.success) for s in end.episodes] for end in ends] == [
+        [(env, seed, True) for env, seed in enumerate(SEEDS)]
+    ] * 2
+    for name in ("agent_pos", "environment_state"):
+        np.testing.assert_array_equal(ends[0].observation[name], ends[1].observation[name])  # type: ignore[literal-required]
+    np.testing.assert_allclose(following[0].rewards, following[1].rewards, atol=1e-3)
+
+
+@needs_warp
+@pytest.mark.slow
 def test_a_world_does_not_depend_on_the_others(worlds: WarpVectorEnv) -> None:
     """So that the environments of a training can be shared by several processes."""
     actions = expert_plans(SEEDS)
