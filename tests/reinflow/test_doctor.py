@@ -324,6 +324,7 @@ def test_a_training_tells_its_user_and_writes_it_down(tiny_policy_dir, tmp_path,
         policy_optimizer="adam", target_kl=0.0, undo_overshoot=False,
         noise_basis="white", log_prob_reduction="chunk", sigma_min=0.05,
         sigma_max=0.05, save_interval=2, eval_interval=0, report_episodes=0, wandb_enabled=False, device="cpu",
+        num_threads=1,
     )  # fmt: skip
     train(config)
     assert capsys.readouterr().out.count("summed_log_prob") == 1
