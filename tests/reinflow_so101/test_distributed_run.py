@@ -29,8 +29,9 @@ TRAINING = [
     "--eval-interval", "1", "--eval-episodes", "5",
 ]  # fmt: skip
 LONG = [*FAST, "--episodes", "100000", "--report-episodes", "3"]
-# Measured behind a natural step, whose inverted covariances of 24 decisions make a hundredfold of rounding.
-AFTER_A_STEP = {"ppo/decision_kl", "ppo/weights_moved"}
+# Measured behind steps: a natural one's inverted covariances of 24 decisions make a hundredfold of rounding, and so do
+# many of Adam's in a row.
+AFTER_A_STEP = {"ppo/decision_kl", "ppo/weights_moved", "gradients/critic_norm"}
 
 # What both ranks do, one training after the other; the last two are ended from outside.
 RANKS = """
