@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from reinflow.rollout_part import Make, Opened, Packed, Part, RolloutWorker, pac
 from reinflow.seeds import TrainingSeeds
 
 LOSSES_IN_A_ROW = 3  # of one worker, which end the run
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S, REACH_TIMEOUT_S = 2.0, 10.0
 
 
 class RolloutWorkerError(UserError, RuntimeError):
@@ -100,8 +101,16 @@ def connect(cpus: int) -> bool:
     address = os.environ.get("RAY_ADDRESS", "")
     alone: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
     try:
+        if ":" in address:  # Ray itself would try for minutes
+            host, port = address.removeprefix("ray://").rsplit(":", 1)
+            socket.create_connection((host, int(port)), REACH_TIMEOUT_S).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        if not address:
+            raise ConfigError(
+                f"rollout_backend=ray: Ray does not start on this machine ({_line(error)}): mend that, or leave out "
+                "--rollout-backend"
+            ) from error
         raise ConfigError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({_line(error)}): start one with `ray start --head`, "
             "or unset RAY_ADDRESS for one of this machine alone"

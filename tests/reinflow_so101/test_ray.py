@@ -21,7 +21,7 @@ from reinflow import ConfigError, rollout_workers
 from reinflow.checksums import sha256
 from reinflow.rollout import RolloutState
 from reinflow.rollout_part import pack, unpack
-from reinflow.rollout_workers import RolloutWorkerError, parts_of
+from reinflow.rollout_workers import RolloutWorkerError, connect, parts_of
 from reinflow_so101.opening import make_run
 from reinflow_so101.policies import FAMILIES
 from reinflow_so101.workers import Copy, for_workers
@@ -215,6 +215,19 @@ def test_a_worker_refuses_another_policy_and_names_one_that_is_not_there(tmp_pat
     gone = dataclasses.replace(named, policy_path=str(tmp_path / "gone"))
     with pytest.raises(ConfigError, match="cannot be read on"):
         dataclasses.replace(right, policy=gone)(4, "cpu", 1)
+
+
+def test_an_address_where_nobody_answers_is_said_at_once(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # it may be, for the tests above
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there \(.*refused\)"):
+        connect(1)
+
+
+def test_without_ray_the_command_that_installs_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="rollout_backend=ray needs Ray: pip install"):
+        connect(1)
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
