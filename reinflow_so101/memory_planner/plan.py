@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from reinflow import ConfigError, UserError
 from reinflow.progress import spinner, tracked
-from reinflow_so101.checks import FlatConfig
+from reinflow_so101.checks import WORKER_FIELDS, FlatConfig
 from reinflow_so101.command_line import parse_flags, starting_point
 from reinflow_so101.opening import published_sizes, settle
 from reinflow_so101.policies import FAMILIES
@@ -182,9 +182,10 @@ def _plan(config: MemoryConfig, passes: PassBytes, cache: PrefixCache, refused: 
 
 def traced(training: FlatConfig) -> PassBytes:
     """``trace_passes``, once for all settings that only say how often and how many."""
+    one_process = {name: getattr(type(training), name) for name in ("rollout_backend", *WORKER_FIELDS)}
     return _traced(replace(
         training, num_parallel_envs=1, use_subproc_env=False, minibatch_size=1, gradient_accumulation_steps=1,
-        episodes_per_iteration=1, prefix_cache="auto", prefix_cache_gb=0.0,
+        episodes_per_iteration=1, prefix_cache="auto", prefix_cache_gb=0.0, **one_process,
     ))  # fmt: skip
 
 
@@ -215,7 +216,7 @@ def switches(config: MemoryConfig) -> Iterator[tuple[str, FlatConfig]]:
             smaller = replace(training, minibatch_size=rows, gradient_accumulation_steps=batch // rows)
             yield flags, smaller
     for envs in (16, 8, 4, 1):
-        if envs < training.num_parallel_envs:
+        if training.num_rollout_workers <= envs < training.num_parallel_envs:
             yield f"--num-parallel-envs {envs}", replace(training, num_parallel_envs=envs, use_subproc_env=False)
     if training.model_type == "pi0" and training.peft_rank == 0 and training.train_full_expert:
         yield "--peft-rank 16", replace(training, peft_rank=16)
@@ -283,6 +284,7 @@ def sweep_table(config: MemoryConfig, passes: PassBytes) -> list[list[float]]:
         changed = replace(
             c, num_parallel_envs=envs, minibatch_size=rows, gradient_accumulation_steps=accumulation,
             episodes_per_iteration=episodes, use_subproc_env=False,
+            num_rollout_workers=min(c.num_rollout_workers, envs),
         )  # fmt: skip
         plan = make_plan(replace(config, training=changed), passes)
         return math.inf if plan.refused else plan.device_bytes

@@ -148,12 +148,13 @@ def test_sweep_grows_with_envs_and_minibatch(pi0_passes):
 
 
 def test_command_prints_breakdown_sweep_and_verdict(capsys):
-    flags = ["--preset", "tiny-pi0", "--num-envs", "4", "--episodes-per-iteration", "8", "--vram-gb", "4", "--sweep"]
-    plan = run(parse_args(flags, PRESETS))
+    flags = ["--preset", "tiny-pi0", "--rollout-backend", "ray", "--num-rollout-workers", "2"]
+    sizes = ["--num-envs", "4", "--episodes-per-iteration", "8", "--vram-gb", "4", "--sweep"]
+    plan = run(parse_args([*flags, *sizes], PRESETS))
     out = capsys.readouterr().out
     assert "rollout buffer" in out and "num_parallel_envs" in out and "4 GiB suffice" in out
     assert plan.device_bytes < 4 * GIB
-    on_cpu = run(parse_args([*flags[:2], "--for-device", "cpu", "--ram-gb", "0.5"], PRESETS))
+    on_cpu = run(parse_args([*flags, "--for-device", "cpu", "--ram-gb", "0.5"], PRESETS))
     assert on_cpu.ram == () and "0.5 GiB RAM do not suffice" in capsys.readouterr().out
 
 
