@@ -101,6 +101,9 @@ class TrainingConfig:
     """Train action_time_mlp_in and action_time_mlp_out, which embed action and flow time."""
     train_full_expert: bool = True
     """Train the whole action expert and action_in_proj (98 M parameters in SmolVLA); False leaves the heads."""
+    heads_first: Annotated[float, FRACTION] = 0.0
+    """Share of training during which the heads alone learn, whatever else does from then on: an update then runs
+    neither vision tower nor language model nor action expert. 0 is off."""
     train_noise_head: bool = True
     """Train the noise head; False keeps the noise in the middle of [sigma_min, sigma_max]."""
     train_critic: bool = True
@@ -431,6 +434,7 @@ def rollout(run: Run, config: TrainingConfig) -> RolloutBuffer:
         config.noise_schedule, config.noise_decay_start, config.noise_decay_ratio, config.noise_decay_end,
     )  # fmt: skip
     run.policy.set_noise_bounds(sigma_min, sigma_max)
+    run.policy.learn_heads_alone(run.progress < config.heads_first)
     workers = run.env if isinstance(run.env, RolloutWorkers) else None
     collect = workers.collect_rollout if workers else partial(collect_rollout, run.policy, run.env)
     with run.rollout_bar(config.chunk_steps_per_rollout * run.env.num_envs) as after_chunk:

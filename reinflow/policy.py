@@ -57,6 +57,15 @@ class FlowPolicy(nn.Module, ABC):
         them is frozen, which makes their inputs at the stored denoising states constants."""
         return False
 
+    learns_heads_alone: bool = False
+    """What ``learn_heads_alone`` was told."""
+
+    def learn_heads_alone(self, alone: bool) -> None:
+        """Whether updates of the next rollouts leave everything before the heads as it is, so that they run the heads
+        alone, though more of the policy learns otherwise. Raises PolicyError where a policy has no such update."""
+        if alone:
+            raise PolicyError(f"{type(self).__name__} has no update of its heads alone: set heads_first to 0")
+
     @property
     def rounded(self) -> list[nn.Parameter]:
         """Trainable parameters that act as bf16, over fp32 masters, because that is what an export's reader holds."""

@@ -91,9 +91,12 @@ class RolloutWorker:
         settings: RolloutSettings,
         normalizer: ReturnNormalizer,
         seeds: TrainingSeeds,
+        heads_alone: bool = False,
     ) -> Part:
-        """``collect_rollout`` from ``standing``, which says of which episodes the environments' state is."""
+        """``collect_rollout`` from ``standing``, which says of which episodes the environments' state is; with
+        ``heads_alone`` it keeps what the heads read."""
         started = time.perf_counter()
+        self.policy.learn_heads_alone(heads_alone)
         if self.current is None:
             numbers = (standing.episodes, standing.decisions, standing.stride)
             self.current = RolloutState.at(self.policy, self.observation, *numbers)

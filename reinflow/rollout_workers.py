@@ -269,8 +269,10 @@ class RolloutWorkers(ChunkVectorEnv):
         playing = time.perf_counter()
 
         def play(worker: Worker) -> Any:
-            rows = slice(worker.rows.start, worker.rows.stop)
-            return worker.handle.play.remote(unseen(current, rows), num_chunk_steps, spec, settings, normalizer, seeds)
+            standing = unseen(current, slice(worker.rows.start, worker.rows.stop))
+            return worker.handle.play.remote(
+                standing, num_chunk_steps, spec, settings, normalizer, seeds, self.policy.learns_heads_alone
+            )
 
         def hear(part: Part) -> None:
             for chunk in part.chunks if after_chunk else ():

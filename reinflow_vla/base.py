@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -274,7 +274,7 @@ class ReinFlowVLA(FlowPolicy):
         """The frozen prefix: kv (B, layers, 2, heads, prefix, head_dim), pad (B, prefix), features (B, F), and what
         ``prefix_cache`` keeps instead of kv."""
         context = self.encode_everything(batch)
-        return {name: tensor for name, tensor in context.items() if name == "kv" or self.prefix_cache.stored(name)}
+        return {name: tensor for name, tensor in context.items() if name == "kv" or self._kept.stored(name)}
 
     def encode_everything(self, batch: dict[str, Any]) -> Context:
         """Everything that any way of keeping the prefix needs; tensors of the batch by ``batch.<name>``."""
@@ -306,9 +306,17 @@ class ReinFlowVLA(FlowPolicy):
         """What the head reads in all denoising steps of a decision, fp32."""
         return 4 * self.num_denoising_steps * self.denoised_steps * self.vla.model.action_out_proj.in_features
 
+    def learn_heads_alone(self, alone: bool) -> None:
+        self.learns_heads_alone = alone
+
+    @property
+    def _kept(self) -> PrefixCache:
+        """What rollouts keep now."""
+        return replace(self.prefix_cache, keep=HEADS) if self.learns_heads_alone else self.prefix_cache
+
     @property
     def keeps_head_inputs(self) -> bool:
-        return self.prefix_cache.keep == HEADS
+        return self._kept.keep == HEADS
 
     def head_velocity(self, features: Tensor) -> Tensor:
         """(B, n, F) expert features -> velocity (B, n, D)."""
@@ -322,10 +330,10 @@ class ReinFlowVLA(FlowPolicy):
 
     def to_buffer(self, context: Context) -> Context:
         """What the rollout buffer keeps of an acting context."""
-        kept = {name: tensor for name, tensor in context.items() if self.prefix_cache.stored(name)}
+        kept = {name: tensor for name, tensor in context.items() if self._kept.stored(name)}
         if not self.prefix_cache.offload:
             return kept
-        return {name: t.cpu() if self.prefix_cache.is_bulk(name) else t for name, t in kept.items()}
+        return {name: t.cpu() if self._kept.is_bulk(name) else t for name, t in kept.items()}
 
     @torch.no_grad()
     def from_buffer(self, context: Context) -> Context:

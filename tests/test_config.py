@@ -80,6 +80,10 @@ BAD = [
     ("train_noise_head", {
         "train_action_head": False, "train_time_mlp": False, "train_full_expert": False, "train_noise_head": False,
     }),
+    ("heads_first", {"heads_first": 1.5}),
+    ("heads_first", {"heads_first": 0.5, "train_full_expert": False, "train_time_mlp": False}),
+    ("heads_first", {"heads_first": 0.5, "train_action_head": False, "train_noise_head": False}),
+    ("heads_first", {"model_type": "flow_mlp", "heads_first": 0.5}),
     ("noise_decay_ratio", {"noise_decay_ratio": 2.0}),
     ("flow_mlp_pretrained_path", {"flow_mlp_pretrained_path": "dir"}),
     ("pretrained_path", {"model_type": "flow_mlp", "pretrained_path": "dir"}),

@@ -263,9 +263,11 @@ def test_a_run_goes_on_with_workers_and_without(tmp_path, first):
 
 
 @pytest.mark.slow
-def test_heads_alone_send_heads_alone():
+@pytest.mark.parametrize(
+    "heads", [dict(train_time_mlp=False, train_full_expert=False, prefix_cache="heads"), dict(heads_first=0.5)]
+)
+def test_heads_alone_send_heads_alone(heads):
     """A SmolVLA from pixels: what the heads read comes back in place of the prefix, and the numbers are the same."""
-    heads = dict(train_time_mlp=False, train_full_expert=False, prefix_cache="heads")
     local, remote = opened("tiny", **heads), opened("tiny", **heads, **ON_RAY)
     try:
         for _ in range(2):

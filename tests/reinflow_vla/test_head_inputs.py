@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from reinflow.flow import ChainSpec, chain_log_prob, sample_chain
+from reinflow.learner import LearnerSettings, PPOLearner
 from reinflow.policy import PolicyError
+from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
+from reinflow.seeds import TrainingSeeds
 from reinflow_vla.base import TrainableGroups
 from reinflow_vla.prefix_cache import HEADS, PrefixCache, plan_prefix_cache
+from so101_sim.config import EnvConfig
+from so101_sim.vector.make import make_vector_env
 from tests.policies import VLAS, explore, load, noise_for, observe
 
 HEADS_ONLY = TrainableGroups(True, False, False, True, True)
@@ -65,6 +70,43 @@ def test_auto_keeps_them_where_nothing_else_learns(policy, policy_dirs):
     assert whole.plan_prefix_cache(observe(whole, batch=1), "auto", 10, 0.0).keep == "kv"
     with pytest.raises(PolicyError, match="--no-train-full-expert"):
         whole.plan_prefix_cache(observe(whole, batch=1), "heads", 10, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["natural", "adam"])
+def test_heads_first_leaves_the_expert_for_later(policy_dirs, optimizer):
+    """Of a policy whose expert learns too, rollouts keep what the heads read as long as they learn alone."""
+    policy = load("smolvla", policy_dirs["smolvla"])
+    spec = ChainSpec(policy.num_denoising_steps, "dim")
+    settings = LearnerSettings(
+        optimizer, target_kl=0.02, num_ppo_epochs=1, num_critic_epochs=1, minibatch_size=2,
+        gradient_accumulation_steps=3, policy_lr=1e-4,
+    )  # fmt: skip
+    learner = PPOLearner(policy, spec, settings, seed=0)
+    expert = policy.trainable_groups()["full_expert"]
+    env, seeds = make_vector_env(EnvConfig(cameras=policy.cameras, image_size=32), 2), TrainingSeeds(0)
+    start = RolloutState.start(policy, env, seeds)
+
+    def moved_by_an_update():
+        before = [p.detach().clone() for p in expert]
+        heads = policy.vla.model.action_out_proj.weight.detach().clone()
+        buffer = collect_rollout(policy, env, start, 3, spec, RolloutSettings(), learner.normalizer, seeds)[0]
+        learner.update(buffer)
+        assert not torch.equal(heads, policy.vla.model.action_out_proj.weight)
+        return buffer, any(not torch.equal(a, b) for a, b in zip(before, expert, strict=True))
+
+    policy.learn_heads_alone(True)
+    buffer, moved = moved_by_an_update()
+    assert buffer.head_inputs is not None and "kv" not in buffer.context and not moved
+    policy.learn_heads_alone(False)
+    buffer, moved = moved_by_an_update()
+    assert buffer.head_inputs is None and "kv" in buffer.context and moved
+
+
+def test_a_policy_without_such_an_update_refuses(policy_dirs):
+    policy = load("flow_mlp", policy_dirs["flow_mlp"])
+    policy.learn_heads_alone(False)
+    with pytest.raises(PolicyError, match="heads_first"):
+        policy.learn_heads_alone(True)
 
 
 def test_without_room_for_them_the_prefix_is_kept():
