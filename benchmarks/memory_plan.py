@@ -3,6 +3,7 @@
     python benchmarks/memory_plan.py --policy tiny --rows 8
     python benchmarks/memory_plan.py --policy tiny-pi0 --rows 8
     python benchmarks/memory_plan.py --policy smolvla --rows 2 --csv FILE    # real size, random weights
+    python benchmarks/memory_plan.py --policy smolvla --rows 2 --heads-alone
 
 The allocator's own records (torch.profiler) say what was allocated at the peak of a pass, kernels' work space included;
 they share nothing with the trace on shapes that the plan is made of.
@@ -31,6 +32,7 @@ from reinflow_so101.opening import make_policy
 from reinflow_so101.policies import vla_settings
 from reinflow_so101.skeletons import published_smolvla
 from reinflow_vla.base import ReinFlowVLA
+from reinflow_vla.prefix_cache import HEADS, PrefixCache
 from so101_sim.vector.base import blank_observation
 from train_reinflow import PRESETS, TrainingConfig
 
@@ -45,6 +47,8 @@ class MemoryBenchmark:
     """Preset; smolvla is the published size with random weights."""
     rows: int = 8
     """Observations encoded and decisions differentiated at once."""
+    heads_alone: bool = False
+    """With everything before the heads frozen, and what they read kept."""
     csv: str = ""
     """Append the table to this file."""
 
@@ -145,6 +149,8 @@ def main() -> None:
     config = replace(PRESETS[options.policy], prefix_cache="kv", num_threads=1)
     if options.policy == "smolvla":  # as many bytes as the real instruction has tokens: the tokenizer is not SmolVLM's
         config = replace(config, instruction="pick up")
+    if options.heads_alone:
+        config = replace(config, train_time_mlp=False, train_full_expert=False, prefix_cache="heads")
     torch.set_num_threads(1)
     passes, process = trace_passes(config), psutil.Process()
     before = process.memory_info().rss
@@ -153,6 +159,7 @@ def main() -> None:
             policy: Any = real_smolvla(config, Path(folder))
         else:
             policy = make_policy(config, "cpu")
+        policy.prefix_cache = PrefixCache(HEADS if options.heads_alone else "kv")
         rows = compare(config, policy, passes, options.rows)
     gradients, peaks = sum(p.nbytes for p in policy.policy_parameters()), [row.planned for row in rows[2:]]
     if options.policy == "smolvla":  # of a tiny policy the program's own noise is larger
@@ -160,8 +167,9 @@ def main() -> None:
         planned = CPU_FRAGMENTATION * (rows[0].planned + gradients + max(peaks))
         rows.append(Comparison("process: peak RSS over the program's", planned, measured))
     print(f"program alone: {before / MIB:.0f} MiB RSS")
+    name = f"{options.policy}, heads alone" if options.heads_alone else options.policy
     lines = [
-        [options.policy, r.name, f"{r.planned / MIB:.3f}", f"{r.measured / MIB:.3f}", f"{r.error:+.1%}"] for r in rows
+        [name, r.name, f"{r.planned / MIB:.3f}", f"{r.measured / MIB:.3f}", f"{r.error:+.1%}"] for r in rows
     ]
     for line in lines:
         print("  ".join(line))

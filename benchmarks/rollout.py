@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benches = []
     for num_envs in args.envs:
         # Forms take turns; sizes follow each other, because idle environments of all sizes would fill the memory.
-        sized = dataclasses.replace(config, num_parallel_envs=num_envs)
+        sized = dataclasses.replace(config, num_parallel_envs=num_envs, episodes_per_iteration=max(num_envs, 192))
         group = [Bench(sized, form, policy, watch, args.device) for form in args.forms]
         for _ in range(args.repeats + 1):
             for bench in group:

@@ -217,3 +217,17 @@ def test_ranks(tmp_path):
 def test_gym_speed(tmp_path):
     rows = quick("gym_speed", tmp_path)[""]
     assert all(rate > 0 for row in rows for rate in numbers(row, "steps/s"))
+
+
+@pytest.mark.slow
+def test_scale(tmp_path):
+    """Every row adds up, and the heads alone are always faster."""
+    run("scale.py", "--quick", "--csv", str(tmp_path / "scale.csv"))
+    rows = list(csv.DictReader((tmp_path / "scale.csv").open()))
+    assert len(rows) == 18
+    for row in rows:
+        shares = [float(row[name].rstrip("%")) for name in ("physics", "acting", "update", "sums")]
+        assert abs(sum(shares) - 100) <= 2 and float(row["s"]) > 0
+    heads = [float(row["s"]) for row in rows if row["learns"] == "heads"]
+    whole = [float(row["s"]) for row in rows if row["learns"] == "whole expert"]
+    assert all(h < w for h, w in zip(heads, whole, strict=True))
