@@ -274,7 +274,8 @@ class ReinFlowVLA(FlowPolicy):
         """The frozen prefix: kv (B, layers, 2, heads, prefix, head_dim), pad (B, prefix), features (B, F), and what
         ``prefix_cache`` keeps instead of kv."""
         context = self.encode_everything(batch)
-        return {name: tensor for name, tensor in context.items() if name == "kv" or self._kept.stored(name)}
+        kept = self.prefix_cache  # and not _kept: the first decision after heads_first was encoded within it
+        return {name: tensor for name, tensor in context.items() if name == "kv" or kept.stored(name)}
 
     def encode_everything(self, batch: dict[str, Any]) -> Context:
         """Everything that any way of keeping the prefix needs; tensors of the batch by ``batch.<name>``."""

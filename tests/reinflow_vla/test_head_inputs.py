@@ -9,7 +9,7 @@ from reinflow.policy import PolicyError
 from reinflow.rollout import RolloutSettings, RolloutState, collect_rollout
 from reinflow.seeds import TrainingSeeds
 from reinflow_vla.base import TrainableGroups
-from reinflow_vla.prefix_cache import HEADS, PrefixCache, plan_prefix_cache
+from reinflow_vla.prefix_cache import HEADS, STORED_BY, PrefixCache, plan_prefix_cache
 from so101_sim.config import EnvConfig
 from so101_sim.vector.make import make_vector_env
 from tests.policies import VLAS, explore, load, noise_for, observe
@@ -72,10 +72,12 @@ def test_auto_keeps_them_where_nothing_else_learns(policy, policy_dirs):
         whole.plan_prefix_cache(observe(whole, batch=1), "heads", 10, 0.0)
 
 
-@pytest.mark.parametrize("optimizer", ["natural", "adam"])
-def test_heads_first_leaves_the_expert_for_later(policy_dirs, optimizer):
-    """Of a policy whose expert learns too, rollouts keep what the heads read as long as they learn alone."""
+@pytest.mark.parametrize(("optimizer", "keep"), [("natural", "kv"), ("adam", "embeddings")])
+def test_heads_first_leaves_the_expert_for_later(policy_dirs, optimizer, keep):
+    """Of a policy whose expert learns too, rollouts keep what the heads read as long as they learn alone. The decision
+    after it was encoded within it, and the update has all that it reads of it."""
     policy = load("smolvla", policy_dirs["smolvla"])
+    policy.prefix_cache = PrefixCache(keep)
     spec = ChainSpec(policy.num_denoising_steps, "dim")
     settings = LearnerSettings(
         optimizer, target_kl=0.02, num_ppo_epochs=1, num_critic_epochs=1, minibatch_size=2,
@@ -84,22 +86,27 @@ def test_heads_first_leaves_the_expert_for_later(policy_dirs, optimizer):
     learner = PPOLearner(policy, spec, settings, seed=0)
     expert = policy.trainable_groups()["full_expert"]
     env, seeds = make_vector_env(EnvConfig(cameras=policy.cameras, image_size=32), 2), TrainingSeeds(0)
-    start = RolloutState.start(policy, env, seeds)
+    current = RolloutState.start(policy, env, seeds)
 
     def moved_by_an_update():
+        nonlocal current
         before = [p.detach().clone() for p in expert]
         heads = policy.vla.model.action_out_proj.weight.detach().clone()
-        buffer = collect_rollout(policy, env, start, 3, spec, RolloutSettings(), learner.normalizer, seeds)[0]
+        buffer, _, current = collect_rollout(
+            policy, env, current, 3, spec, RolloutSettings(), learner.normalizer, seeds
+        )
         learner.update(buffer)
         assert not torch.equal(heads, policy.vla.model.action_out_proj.weight)
         return buffer, any(not torch.equal(a, b) for a, b in zip(before, expert, strict=True))
 
     policy.learn_heads_alone(True)
     buffer, moved = moved_by_an_update()
-    assert buffer.head_inputs is not None and "kv" not in buffer.context and not moved
+    assert buffer.head_inputs is not None and not moved
+    assert not any(name.startswith(("kv", "embeddings", "batch.")) for name in buffer.context)
     policy.learn_heads_alone(False)
     buffer, moved = moved_by_an_update()
-    assert buffer.head_inputs is None and "kv" in buffer.context and moved
+    assert buffer.head_inputs is None and moved
+    assert any(name.startswith(STORED_BY[keep]) for name in buffer.context)
 
 
 def test_a_policy_without_such_an_update_refuses(policy_dirs):
