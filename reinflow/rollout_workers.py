@@ -39,6 +39,7 @@ from reinflow.seeds import TrainingSeeds
 
 LOSSES_IN_A_ROW = 3  # of one worker, which end the run
 CLOSE_TIMEOUT_S, REACH_TIMEOUT_S = 2.0, 10.0
+SAY_WAITS_S, PLACE_TIMEOUT_S = 30.0, 300.0  # for a process: where there is no room, Ray would wait for ever
 
 
 class RolloutWorkerError(UserError, RuntimeError):
@@ -154,7 +155,7 @@ class RolloutWorkers(ChunkVectorEnv):
 
         Raises:
             ConfigError: Ray is not installed, the cluster is not there or too small.
-            RolloutWorkerError: a worker could not be built; its message is in it.
+            RolloutWorkerError: a worker found no room, or could not be built; its message is in it.
         """
         self.policy, self.num_envs, self.say = policy, num_envs, say
         self._make, self._cpus, self._gpus = make, cpus, gpus
@@ -169,6 +170,8 @@ class RolloutWorkers(ChunkVectorEnv):
             self.workers = [Worker(index, rows) for index, rows in enumerate(parts_of(num_envs, num_workers))]
             for worker in self.workers:
                 self._launch(worker)
+            for worker in self.workers:
+                self._await_room(worker)
             for worker, opened in zip(self.workers, self._ask(self._open, replacing=False), strict=True):
                 worker.opened = opened
         except BaseException:
@@ -363,6 +366,24 @@ class RolloutWorkers(ChunkVectorEnv):
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "scheduling_strategy": "SPREAD"}
         worker.handle = ray.remote(RolloutWorker).options(**options).remote()
 
+    def _await_room(self, worker: Worker) -> None:
+        """Until it has a process. Raises RolloutWorkerError where the cluster has no place for one."""
+        import ray
+
+        ready = [worker.handle.__ray_ready__.remote()]
+        if ray.wait(ready, timeout=SAY_WAITS_S)[0]:
+            return
+        number = worker.index
+        self.say(f"rollout worker {number} waits for room in the Ray cluster, up to {PLACE_TIMEOUT_S:.0f} s")
+        if not ray.wait(ready, timeout=PLACE_TIMEOUT_S)[0]:
+            free = ray.available_resources()
+            asked = f"{self._cpus} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")
+            raise RolloutWorkerError(
+                f"rollout worker {number} found no node of the Ray cluster with {asked} free ({free.get('CPU', 0.0):g} "
+                f"CPU, {free.get('GPU', 0.0):g} GPU free in all): add nodes, or ask for fewer or smaller workers; a "
+                "run that had begun goes on with --resume"
+            )
+
     def _open(self, worker: Worker) -> Any:
         device = "cuda" if self._gpus else "cpu"
         return worker.handle.open.remote(self._make, len(worker.rows), device, self._cpus)
@@ -418,6 +439,7 @@ class RolloutWorkers(ChunkVectorEnv):
             ray.kill(worker.handle)
             try:
                 self._launch(worker)
+                self._await_room(worker)
                 worker.opened = ray.get(self._open(worker))
                 ray.get(worker.handle.load.remote({name: pack(tensor) for name, tensor in self._sent.items()}))
                 if worker.env_state is not None:

@@ -21,7 +21,7 @@ from reinflow import ConfigError, rollout_workers
 from reinflow.checksums import sha256
 from reinflow.rollout import RolloutState
 from reinflow.rollout_part import pack, unpack
-from reinflow.rollout_workers import RolloutWorkerError, connect, parts_of
+from reinflow.rollout_workers import RolloutWorkerError, RolloutWorkers, connect, parts_of
 from reinflow_so101.opening import make_run
 from reinflow_so101.policies import FAMILIES
 from reinflow_so101.workers import Copy, for_workers
@@ -155,6 +155,15 @@ def test_an_error_in_a_worker_is_told_on_one_line_and_not_tried_again(played):
         workers.collect_rollout(played.remote.run.current, "three", None, None, None, None)
     assert "\n" not in str(told.value) and re.search(r"\(.*rollout\.py:\d+\)$", str(told.value))
     assert [worker.opened.pid for worker in workers.workers] == before
+
+
+def test_a_worker_without_room_in_the_cluster_is_said_and_not_awaited_for_ever(played, monkeypatch):
+    for name in ("SAY_WAITS_S", "PLACE_TIMEOUT_S", "CLOSE_TIMEOUT_S"):
+        monkeypatch.setattr(rollout_workers, name, 0.1)
+    said: list[str] = []
+    with pytest.raises(RolloutWorkerError, match=r"found no node of the Ray cluster with 1 CPU free \(0 CPU, 0 GPU"):
+        RolloutWorkers(played.remote.run.policy, played.workers._make, 4, 1, say=said.append)
+    assert said == ["rollout worker 0 waits for room in the Ray cluster, up to 0 s"]
 
 
 def test_a_worker_that_is_lost_again_and_again_ends_the_run(played, monkeypatch):
