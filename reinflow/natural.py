@@ -76,11 +76,13 @@ class NaturalGradient(torch.optim.Optimizer):
         """Covariances become their sums over the ranks, as gradients do by ``distributed.add_gradients``."""
         if distributed.size() == 1:
             return
-        for layer in self.layers:
-            if layer not in self._sums:  # no row of this batch is this rank's, or the layer had no part in it
+        took_part = distributed.total(*(float(layer in self._sums) for layer in self.layers))
+        layers = [layer for layer, ranks in zip(self.layers, took_part, strict=True) if ranks]
+        for layer in layers:
+            if layer not in self._sums:  # no row of this batch is this rank's
                 shapes, like = self.state_shapes(layer.weight), layer.weight
                 self._sums[layer] = like.new_zeros(shapes["input"]), like.new_zeros(shapes["output"])
-        distributed.add_up([sums for layer in self.layers for sums in self._sums[layer]])
+        distributed.add_up([sums for layer in layers for sums in self._sums[layer]])
 
     @torch.no_grad()
     def directions(self) -> list[Tensor]:
@@ -100,7 +102,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 directions.append(self._solve(layer))
             else:
                 directions.append(layer.weight.new_zeros(self.state_shapes(layer.weight)["gradient"]))
-        distributed.add_up(directions)
+        distributed.add_up([d for layer, d in zip(self.layers, directions, strict=True) if layer in self._sums])
         return directions
 
     def _average(self, layer: nn.Linear) -> bool:

@@ -18,6 +18,7 @@ from reinflow.flow import ChainSpec, sample_chain
 from reinflow.flow_mlp import FlowMLP
 from reinflow.heads import ReinFlowCritic, RunningNorm
 from reinflow.learner import LearnerSettings, PPOLearner, RatioGuardError
+from reinflow.natural import NaturalGradient
 from reinflow.rollout import RolloutBuffer
 from tests.fakes import STATE_DIM
 from tests.reinflow.test_learner import SETTINGS, Loop
@@ -167,7 +168,21 @@ def exchanges() -> dict[str, object]:
         "part": distributed.total(distributed.part(torch.tensor(rank).float(), 0.25 + 0.5 * rank)),
         "norm": norm.state_dict(),
         "writer": raised(lambda: distributed.from_writer(fail)),
+        "natural": natural_bytes(),
     }
+
+
+def natural_bytes() -> int:
+    """What a natural step sums where the second rank alone has rows, and one of two layers took part in them."""
+    before = distributed.TRAFFIC.summed
+    layers = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(50, 40)])
+    optimizer = NaturalGradient(layers, layers.parameters(), 0.1, 0.0)
+    if distributed.rank() == 1:
+        layers[0](torch.ones(4, 3)).sum().backward()
+    distributed.add_gradients(list(layers.parameters()))
+    optimizer.add_up()
+    assert [bool(direction.any()) for direction in optimizer.directions()] == [True, False]
+    return distributed.TRAFFIC.summed - before
 
 
 def fail():
@@ -303,6 +318,11 @@ def test_all_ranks_refuse_for_the_reason_of_one(runs):
     assert "not finite" in first["not finite"]
     assert "exceeds the 30 decisions of a rollout" in first["too few"] and first["just enough"] == ""
     assert first["other weights"].startswith("UserError: ranks [1] do not hold the weights of rank 0 (critic.")
+
+
+def test_a_natural_step_sums_only_what_took_part(runs):
+    gradient, covariances, direction = 2 * 3 + 2, 4 * 4 + 2 * 2, 2 * 4
+    assert [run["exchanges"]["natural"] for run in runs[1]] == [4 * (gradient + covariances + direction)] * 2
 
 
 def test_messages_do_not_grow_with_decisions(runs):
