@@ -7,15 +7,17 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from reinflow import ConfigError
+from reinflow.launch import launched
 from reinflow.settings import CONFIG_FILE, config_from_json, config_to_json, read_config
 from reinflow_so101.checks import WORKER_FIELDS
 
@@ -306,6 +308,23 @@ def field_docs(config_type: type) -> dict[str, str]:
     return docs
 
 
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """tyro prints what is wrong with flags before it exits: as one of a launch's processes it becomes the exit's own
+    words, which the first of them has."""
+    if not launched():
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise SystemExit(said.getvalue().rstrip()) from None
+
+
 def parse_flags[C: DataclassInstance, X](
     argv: Sequence[str], default: C, description: str | None, also: X, prog: str | None = None
 ) -> tuple[C, X]:
@@ -334,7 +353,8 @@ def parse_flags[C: DataclassInstance, X](
     whole = dataclasses.make_dataclass(
         "Flags", [(name, Annotated[type(part), tyro.conf.OmitArgPrefixes]) for name, part in parts.items()]
     )
-    flags = tyro.cli(whole, args=list(argv), default=whole(**parts), description=description, prog=prog)
+    with _said_once():
+        flags = tyro.cli(whole, args=list(argv), default=whole(**parts), description=description, prog=prog)
     values = {name: vars(part) for name, part in vars(flags).items() if name != "this_command"}
     return dataclasses.replace(default, **{k: v for part in values.values() for k, v in part.items()}), getattr(
         flags, "this_command", also

@@ -88,6 +88,7 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
     from so101_sim.scene import check_scene
     from so101_sim.vector.warp import check_warp
 
+    _refuse_other_settings(config)
     own_environments(config)
     if config.vector == "warp":
         check_warp()
@@ -109,6 +110,19 @@ def _prepare(config: FlatConfig) -> tuple[FlatConfig, Start]:
     if not config.env_id:
         check_scene(config.env())
     return config, start
+
+
+def _refuse_other_settings(config: FlatConfig) -> None:
+    """Raise ConfigError where ranks were started with different settings: each would train something else."""
+    from reinflow.distributed import gather
+
+    first, *others = gather(config_to_json(config))
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise ConfigError(
+                    f"{name}={value} on rank 0, {other.get(name)} on rank {number}: start all ranks with the same flags"
+                )
 
 
 def own_environments(config: FlatConfig) -> int:
@@ -290,12 +304,20 @@ def _own_part_of_the_machine(config: FlatConfig) -> str:
     """The device of this process; it takes its threads, and as one of several ranks its share of them and its GPU.
 
     Raises:
-        ConfigError: there is no such device, or fewer GPUs than ranks on this machine.
+        ConfigError: there is no such device, or it is not one that each rank has for itself.
     """
     import torch
 
     if config.num_threads or launched():
         torch.set_num_threads(config.num_threads or usable_cores())
+    device = _own_device(config)
+    _refuse_shared_gpu(config, device)
+    return device
+
+
+def _own_device(config: FlatConfig) -> str:
+    import torch
+
     device = pick_device(config.device, or_any=config.resume)
     gpus = torch.cuda.device_count() if device == "cuda" and launched() else 0
     if gpus <= 1:  # none, the only one, or the one that the launcher lets this process see
@@ -307,6 +329,25 @@ def _own_part_of_the_machine(config: FlatConfig) -> str:
     torch.cuda.set_device(local_rank())
     os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(local_rank()))  # else all draw on the first
     return f"cuda:{local_rank()}"
+
+
+def _refuse_shared_gpu(config: FlatConfig, device: str) -> None:
+    """Raise ConfigError where two ranks compute on one GPU, or ranks on different kinds of device: their first sum
+    would fail or never end."""
+    import torch
+
+    from reinflow.distributed import gather, size
+
+    if size() == 1:
+        return
+    kind = torch.device(device).type
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if kind == "cuda" else ""
+    kinds, gpus = zip(*gather((kind, gpu)), strict=True)
+    if len(set(kinds)) > 1:
+        each = ", ".join(f"{kind} on rank {kinds.index(kind)}" for kind in dict.fromkeys(kinds))
+        raise ConfigError(f"device={config.device} is {each}: name one that all ranks have, such as --device cpu")
+    if kind == "cuda" and len(set(gpus)) < len(gpus):
+        raise ConfigError(f"device={config.device}: ranks share a GPU: start a rank for each GPU, or take --device cpu")
 
 
 def _who_works_where(device: str, env: ChunkVectorEnv) -> str:

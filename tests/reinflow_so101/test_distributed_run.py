@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -233,12 +234,50 @@ def test_an_error_of_one_rank_or_all_ends_all_and_is_said_once(tmp_path, wrong):
     assert outs == ("speaks: 0\n", "")
 
 
-def test_environments_that_cannot_be_shared_are_refused(monkeypatch):
+def of_ranks(monkeypatch, number: int, other=lambda value: value) -> None:
+    """This process takes itself for the first of several; ``other`` makes theirs of a value that it gathers."""
     from reinflow import distributed
 
-    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "size", lambda: number)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value] + [other(value)] * (number - 1))
+
+
+def test_environments_that_cannot_be_shared_are_refused(monkeypatch):
+    of_ranks(monkeypatch, 3)
     with pytest.raises(ConfigError, match="num_parallel_envs=2 cannot be shared by 3 ranks"):
         start([*FAST, "--check"])
+
+
+def test_ranks_with_other_settings_are_refused(monkeypatch):
+    of_ranks(monkeypatch, 2, lambda settings: settings | {"seed": 4})
+    with pytest.raises(ConfigError, match=r"^seed=1 on rank 0, 4 on rank 1: start all ranks with the same flags$"):
+        start([*FAST, "--seed", "1", "--check"])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("cuda", "GPU-1"), "device=auto: ranks share a GPU: start a rank for each GPU"),
+        (("cpu", ""), "device=auto is cuda on rank 0, cpu on rank 1: name one that all ranks have"),
+    ],
+)
+def test_ranks_on_one_gpu_or_on_several_kinds_of_device_are_refused(monkeypatch, other, message):
+    import torch
+
+    from reinflow_so101 import opening
+
+    of_ranks(monkeypatch, 2, lambda value: other if isinstance(value, tuple) else value)
+    monkeypatch.setattr(opening, "pick_device", lambda *_, **__: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
+    with pytest.raises(ConfigError, match=message):
+        start([*FAST, "--device", "auto", "--check"])
+
+
+def test_a_wrong_flag_is_left_to_the_rank_that_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="Unrecognized options: --nun-envs"):
+        parse_args(["--nun-envs", "8"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
