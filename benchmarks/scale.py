@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reinflow.flow import chain_log_prob
-from reinflow_so101.memory_planner.plan import GIB, Limits, MemoryConfig, make_plan
-from reinflow_so101.memory_planner.trace import blank_batch, shapes_only, trace_passes
+from reinflow.natural import NaturalGradient
+from reinflow_so101.memory_planner.plan import GIB, Limits, MemoryConfig, fits, make_plan
+from reinflow_so101.memory_planner.trace import PassBytes, blank_batch, shapes_only, trace_passes
 from reinflow_so101.opening import published_sizes
 from reinflow_so101.skeletons import PUBLISHED, skeleton
 from reinflow_vla.pi0_directory import replaced
@@ -45,18 +47,16 @@ class Machine:
     wide: float  # of fp32 ones, as reached
     link: float  # bytes/s between accelerators of a node
     network: float  # bytes/s between nodes
+    memory: float  # GiB of an accelerator, or of the machine
 
 
-NATURAL = (
-    2.1  # passes that a natural step costs: covariances, three KL measurements, ratio guard (notes/performance.md)
-)
-COVARIANCES = 3.0  # K-FAC's sums travel beside the gradient: in^2 + out^2 for in x out
+NATURAL = 2.1  # passes a natural step costs: covariances, three KL measurements, ratio guard (notes/performance.md)
 PER_NODE = 8  # accelerators
 # Published dense rates (vendors' data sheets) times the share of it that is assumed: nothing of this was measured.
 SHARE_NARROW, SHARE_WIDE = 0.35, 0.5
-HERE = Machine("2 cores, this one", 2, 66e9, 59e9, 4e9, 1e9)  # as reached on them by the tiny policy
-H100 = Machine("H100", 16, SHARE_NARROW * 989e12, SHARE_WIDE * 67e12, 450e9, 50e9)
-RTX4090 = Machine("RTX 4090", 16, SHARE_NARROW * 165e12, SHARE_WIDE * 82e12, 25e9, 1.2e9)
+HERE = Machine("2 cores, this one", 2, 66e9, 59e9, 4e9, 1e9, 23)  # as reached on them by the tiny policy
+H100 = Machine("H100", 16, SHARE_NARROW * 989e12, SHARE_WIDE * 67e12, 450e9, 50e9, 80)
+RTX4090 = Machine("RTX 4090", 16, SHARE_NARROW * 165e12, SHARE_WIDE * 82e12, 25e9, 1.2e9, 24)
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one policy; FLOP of one decision, bytes."""
+    """Of one policy; FLOP of one decision."""
 
     encode: float
     denoise: float  # all K steps of acting
     update: float  # forward and backward in all K steps, once
     heads: float  # the same of the heads alone
-    learns: int  # trainable scalars
-    heads_learn: int  # of the heads
-    bulk: int  # bytes of a decision in the buffer, kv
+    sums: int  # scalars that learners add up in an update
+    head_sums: int  # the same of the heads alone
     narrow: bool  # whether the frozen part is bf16
 
 
@@ -119,12 +118,21 @@ def work_of(config: TrainingConfig) -> Work:
         chain_log_prob(policy, context, chain, spec, noisy).log_prob.sum().backward()
     with counted() as heads:
         chain_log_prob(policy, context, chain, spec, noisy, read).log_prob.sum().backward()
-    bulk = sum(t.nbytes for t in policy.to_buffer(context).values()) // ROWS
-    groups = policy.parameter_counts()
-    head = groups["action_head"] + groups["noise_head"]
-    learns = sum(n for name, n in groups.items() if name != "critic")
+    groups = policy.trainable_groups()
+    head = [*groups["action_head"], *groups["noise_head"]]
+    sums, head_sums = (added_up(config, policy, learning) for learning in (policy.policy_parameters(), head))
     narrow = config.policy_path in PUBLISHED  # which are read in bf16, less what learns
-    return Work(flop(encode), flop(acting), flop(update), flop(heads), learns, head, bulk, narrow)
+    return Work(flop(encode), flop(acting), flop(update), flop(heads), sums, head_sums, narrow)
+
+
+def added_up(config: TrainingConfig, policy: nn.Module, learning: Sequence[nn.Parameter]) -> int:
+    """Scalars that learners add up in an update: gradients and, with a natural step, covariances and directions."""
+    gradients = sum(p.numel() for p in learning)
+    if config.policy_optimizer != "natural":
+        return gradients
+    optimizer = NaturalGradient(policy, learning, config.natural_damping, config.natural_momentum)
+    shapes = [shape for layer in optimizer.layers for shape in optimizer.state_shapes(layer.weight).values()]
+    return gradients + sum(math.prod(shape) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -165,9 +173,8 @@ def predict(
     passes = NATURAL if natural else config.num_ppo_epochs
     update = decisions * passes * (work.heads if heads else work.update) / machine.wide / ranks
     steps = 1 if natural else max(decisions * config.num_ppo_epochs // config.learner().batch_size, 1)
-    learns = work.heads_learn if heads else work.learns
     link = machine.link if ranks <= PER_NODE else machine.network
-    travels = 2 * 4 * learns * (ranks - 1) / ranks * (COVARIANCES if natural else 1.0)
+    travels = 2 * 4 * (work.head_sums if heads else work.sums) * (ranks - 1) / ranks  # round a ring, there and back
     sync = steps * (travels / link + costs.message * max(ranks - 1, 0) ** 0.5)
     return Iteration(physics, acting, update, sync)
 
@@ -204,9 +211,12 @@ def measured_costs(run: Path, cores: int) -> Costs:
     return Costs(cores * fmean(row["time/rollout_env"] for row in rows) / episodes)
 
 
-def planned_gib(config: TrainingConfig) -> float:
-    """Of one accelerator, for the preset's own rollout, by reinflow-memory."""
-    return make_plan(MemoryConfig(config, Limits(vram_gb=80)), trace_passes(config)).device_bytes / GIB
+def planned(config: TrainingConfig, passes: PassBytes, machine: Machine) -> str:
+    """GiB of one accelerator, for the preset's own rollout, by reinflow-memory, and whether it has them."""
+    limits = Limits(machine.memory) if machine != HERE else Limits(ram_gb=machine.memory, for_device="cpu")
+    question = MemoryConfig(config, limits)
+    plan = make_plan(question, passes)
+    return f"{plan.device_bytes / GIB:.1f}{'' if fits(plan, question) else ', too many'}"
 
 
 def table(machines: Sequence[Machine], costs: Costs, ranks: Sequence[int]) -> list[c.Row]:
@@ -214,7 +224,7 @@ def table(machines: Sequence[Machine], costs: Costs, ranks: Sequence[int]) -> li
     rows: list[c.Row] = []
     for name, config in policies().items():
         work, frozen = work_of(config), replace(config, train_time_mlp=False, train_full_expert=False)
-        memory = {False: planned_gib(config), True: planned_gib(frozen)}
+        passes = {False: (config, trace_passes(config)), True: (frozen, trace_passes(frozen))}
         for machine, number, heads in itertools.product(machines, ranks, (False, True)):
             wide = grown(config, number)
             seconds = predict(wide, work, costs, machine, number, heads)
@@ -226,7 +236,7 @@ def table(machines: Sequence[Machine], costs: Costs, ranks: Sequence[int]) -> li
                 "physics": f"{seconds.physics / seconds.all:.0%}", "acting": f"{seconds.policy / seconds.all:.0%}",
                 "update": f"{seconds.update / seconds.all:.0%}", "sums": f"{seconds.sync / seconds.all:.0%}",
                 "hours x accelerators for 10,000 episodes": f"{number * 1e4 * seconds.all / episodes / 3600:.2g}",
-                "GiB planned": f"{memory[heads]:.1f}",
+                "GiB planned": planned(*passes[heads], machine),
             })  # fmt: skip
     return rows
 

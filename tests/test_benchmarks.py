@@ -231,3 +231,14 @@ def test_scale(tmp_path):
     heads = [float(row["s"]) for row in rows if row["learns"] == "heads"]
     whole = [float(row["s"]) for row in rows if row["learns"] == "whole expert"]
     assert all(h < w for h, w in zip(heads, whole, strict=True))
+    here = {row["policy"]: row["GiB planned"] for row in rows if "this one" in row["on"]}
+    assert "too many" in here["Pi0, 3.5 B"] and "too many" not in here["tiny, 3 M"]
+
+
+def test_what_learners_add_up():
+    """Gradients, and of a natural step both covariances and the direction."""
+    scale, torch, presets = (importlib.import_module(name) for name in ("scale", "torch", "train_reinflow"))
+    layer = torch.nn.Linear(3, 5)
+    natural, adam = presets.PRESETS["tiny"], presets.PRESETS["pi0"]
+    assert scale.added_up(adam, layer, list(layer.parameters())) == 20
+    assert scale.added_up(natural, layer, list(layer.parameters())) == 20 + 4 * 4 + 5 * 5 + 20
