@@ -235,6 +235,13 @@ def test_scale(tmp_path):
     assert "too many" in here["Pi0, 3.5 B"] and "too many" not in here["tiny, 3 M"]
 
 
+def test_the_model_of_scale_knows_what_a_gpu_did():
+    """A decision of 450 M took 12 ms on an H100 and 1,280 of an update 6 s, of operations as counted for the notes."""
+    h100 = importlib.import_module("scale").H100
+    assert 475e9 / h100.narrow + 10.8e9 / h100.wide == pytest.approx(0.0120, rel=0.15)
+    assert 1280 * 131.6e9 / h100.wide == pytest.approx(6.03, rel=0.15)
+
+
 def test_what_learners_add_up():
     """Gradients, and of a natural step both covariances and the direction."""
     scale, torch, presets = (importlib.import_module(name) for name in ("scale", "torch", "train_reinflow"))
