@@ -168,9 +168,7 @@ def main() -> None:
         rows.append(Comparison("process: peak RSS over the program's", planned, measured))
     print(f"program alone: {before / MIB:.0f} MiB RSS")
     name = f"{options.policy}, heads alone" if options.heads_alone else options.policy
-    lines = [
-        [name, r.name, f"{r.planned / MIB:.3f}", f"{r.measured / MIB:.3f}", f"{r.error:+.1%}"] for r in rows
-    ]
+    lines = [[name, r.name, f"{r.planned / MIB:.3f}", f"{r.measured / MIB:.3f}", f"{r.error:+.1%}"] for r in rows]
     for line in lines:
         print("  ".join(line))
     if options.csv:
