@@ -169,10 +169,8 @@ def _models(c: FlatConfig) -> Iterator[str]:
     trained = (c.train_action_head, c.train_time_mlp, c.train_full_expert, c.train_noise_head)
     if not any(trained):
         yield "train_action_head, train_time_mlp, train_full_expert and train_noise_head are all off: nothing to train"
-    if c.heads_first and not (c.train_time_mlp or c.train_full_expert):
-        yield f"heads_first={c.heads_first}, but nothing else learns at any time: drop it"
     if c.heads_first and not (c.train_action_head or c.train_noise_head):
-        yield f"heads_first={c.heads_first} with train_action_head and train_noise_head off: nothing would learn at first"
+        yield f"heads_first={c.heads_first} with train_action_head and train_noise_head off: nothing learns at first"
     if c.noise_basis == "white" and c.noise_last_step_only and c.num_denoising_steps == 1:
         yield "noise_last_step_only changes nothing with num_denoising_steps=1: drop it"
     if c.noise_basis == "dct" and c.num_noise_coefficients > c.n_action_steps > 0:
@@ -192,9 +190,11 @@ def _flow_mlp(c: FlatConfig) -> Iterator[str]:
                 "use --preset flow_mlp or drop it"
             )
         return
-    for name in ("prefix_cache", "prefix_cache_gb", "compile_expert", "heads_first"):
+    for name in ("prefix_cache", "prefix_cache_gb", "compile_expert"):
         if getattr(c, name) != unset[name]:
             yield f"{name}={getattr(c, name)} is not read with model_type=flow_mlp, which is no transformer: drop it"
+    if c.heads_first:
+        yield f"heads_first={c.heads_first}, but a flow_mlp has no update of its heads alone: add --heads-first 0"
     if c.pretrained_path != unset["pretrained_path"]:
         yield (
             f"pretrained_path={c.pretrained_path} names a SmolVLA, which model_type=flow_mlp does not read: start from "

@@ -50,6 +50,7 @@ TINY: dict[str, Any] = {
 FINETUNE: dict[str, Any] = {
     **{name: value for name, value in TINY.items() if name not in ("pretrained_path", "num_threads", "cameras")},
     "num_episodes": 20_000,
+    "heads_first": 0.4,  # at 450 M the expert's update is half of an iteration (notes/scaling.md)
     "minibatch_size": 8,  # 450 M within 24 GB
     "gradient_accumulation_steps": 72,
     "image_size": 0,

@@ -81,7 +81,6 @@ BAD = [
         "train_action_head": False, "train_time_mlp": False, "train_full_expert": False, "train_noise_head": False,
     }),
     ("heads_first", {"heads_first": 1.5}),
-    ("heads_first", {"heads_first": 0.5, "train_full_expert": False, "train_time_mlp": False}),
     ("heads_first", {"heads_first": 0.5, "train_action_head": False, "train_noise_head": False}),
     ("heads_first", {"model_type": "flow_mlp", "heads_first": 0.5}),
     ("noise_decay_ratio", {"noise_decay_ratio": 2.0}),
