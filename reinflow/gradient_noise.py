@@ -28,6 +28,7 @@ class GradientMemory:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.weight, self.sum = 0.0, probe.weights().new_zeros(0)
+        self._learning: list[bool] | None = None  # the tensors that the gradients in it are of
 
     def remember(self) -> dict[str, float]:
         """Take the gradients as they are; {"gradients/signal_share": |G|^2 / (|G|^2 + tr(S) / B)} of them.
@@ -39,6 +40,10 @@ class GradientMemory:
         square = _dot(fresh, fresh)
         if not 0.0 < square < float("inf"):
             return {}
+        learning = [parameter.grad is not None for parameter in self.probe.parameters]
+        if self._learning not in (None, learning):  # other parts of the policy learn from here on
+            self.weight = 0.0
+        self._learning = learning
         known = {"gradients/signal_share": _dot(fresh, self.sum) / self.weight / square} if self.weight else {}
         self.sum = MEMORY * self.sum + fresh if self.weight else fresh
         self.weight = MEMORY * self.weight + 1.0

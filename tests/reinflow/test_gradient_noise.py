@@ -48,6 +48,16 @@ def test_what_has_no_gradient_says_nothing():
     assert memory.remember() == {} and memory.weight == 0
 
 
+def test_gradients_of_other_parts_of_a_policy_are_not_compared():
+    """Heads first, then the whole: what learned alone knows nothing of the rest."""
+    heads, rest = (torch.nn.Parameter(torch.zeros(5)) for _ in range(2))
+    memory = GradientMemory(Probe([heads, rest]))
+    heads.grad = torch.ones(5)
+    assert memory.remember() == {} and memory.remember() == {"gradients/signal_share": 1.0}
+    rest.grad = torch.ones(5)
+    assert memory.remember() == {} and memory.remember() == {"gradients/signal_share": 1.0}
+
+
 def test_memory_survives_a_checkpoint():
     weights = torch.nn.Parameter(torch.zeros(6))
     old, new = GradientMemory(Probe([weights])), GradientMemory(Probe([weights]))
