@@ -308,8 +308,10 @@ def _own_part_of_the_machine(config: FlatConfig) -> str:
     """
     import torch
 
-    if config.num_threads or launched():
-        torch.set_num_threads(config.num_threads or usable_cores())
+    if launched():  # a preset's number is of a whole machine
+        torch.set_num_threads(min(config.num_threads or usable_cores(), usable_cores()))
+    elif config.num_threads:
+        torch.set_num_threads(config.num_threads)
     device = _own_device(config)
     _refuse_shared_gpu(config, device)
     return device

@@ -273,6 +273,20 @@ def test_ranks_on_one_gpu_or_on_several_kinds_of_device_are_refused(monkeypatch,
         start([*FAST, "--device", "auto", "--check"])
 
 
+@pytest.mark.parametrize("wanted", ["0", "64"])
+def test_ranks_of_one_machine_take_no_more_threads_than_their_share_of_its_cores(monkeypatch, wanted):
+    import torch
+
+    from reinflow.env import usable_cores
+
+    whole = usable_cores()
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    start([*FAST, "--num-threads", wanted, "--check"])
+    assert torch.get_num_threads() == max(1, whole // 2)
+
+
 def test_a_wrong_flag_is_left_to_the_rank_that_speaks(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="Unrecognized options: --nun-envs"):
