@@ -52,6 +52,7 @@ class Machine:
 
 NATURAL = 2.1  # passes a natural step costs: covariances, three KL measurements, ratio guard (notes/performance.md)
 PER_NODE = 8  # accelerators
+SIMULATORS, SIMULATOR_CORES = 4, 64  # nodes of rollout workers beside one learner, and the cores of each
 # Reached by SmolVLA's shape on one H100, preprocessing included (notes/results/2026-11-26-gpu*.csv): acting for 64
 # environments in bf16, 4 % of the published rate, so that other cards are assumed to do the same; and, as a share of
 # the published fp32 rate, the cached update.
@@ -153,7 +154,7 @@ class Iteration:
 
 
 def predict(
-    config: TrainingConfig, work: Work, costs: Costs, machine: Machine, ranks: int, heads: bool, more_cores: int = 0
+    config: TrainingConfig, work: Work, costs: Costs, machine: Machine, ranks: int, heads: bool, worker_cores: int = 0
 ) -> Iteration:
     """An iteration of ``config`` on so many learners.
 
@@ -164,13 +165,16 @@ def predict(
         machine: of every learner.
         ranks: learners.
         heads: whether the heads alone learn.
-        more_cores: of simulator nodes, beside those of the learners.
+        worker_cores: of rollout workers without accelerators, which then play and act in place of the learner.
     """
     decisions, natural = config.decisions_per_iteration, config.policy_optimizer == "natural"
     episodes = decisions / config.chunks_per_episode
     frozen = machine.narrow if work.narrow else machine.wide
-    physics = episodes * costs.core_seconds / (ranks * machine.cores + more_cores)
-    acting = decisions * (work.encode / frozen + work.denoise / machine.wide) / ranks
+    physics = episodes * costs.core_seconds / (worker_cores or ranks * machine.cores)
+    if worker_cores:
+        acting = decisions * (work.encode + work.denoise) / (worker_cores * HERE.wide / HERE.cores)
+    else:
+        acting = decisions * (work.encode / frozen + work.denoise / machine.wide) / ranks
     acting += config.chunk_steps_per_rollout * costs.chunk_step
     passes = NATURAL if natural else config.num_ppo_epochs
     update = decisions * passes * (work.heads if heads else work.update) / machine.wide / ranks
@@ -227,12 +231,16 @@ def table(machines: Sequence[Machine], costs: Costs, ranks: Sequence[int]) -> li
     for name, config in policies().items():
         work, frozen = work_of(config), replace(config, train_time_mlp=False, train_full_expert=False)
         passes = {False: (config, trace_passes(config)), True: (frozen, trace_passes(frozen))}
-        for machine, number, heads in itertools.product(machines, ranks, (False, True)):
+        places = [(machine, number, 0) for machine in machines for number in ranks]
+        places += [(machine, 1, SIMULATORS) for machine in machines if machine == H100]
+        for (machine, number, nodes), heads in itertools.product(places, (False, True)):
             wide = grown(config, number)
-            seconds = predict(wide, work, costs, machine, number, heads)
+            seconds = predict(wide, work, costs, machine, number, heads, nodes * SIMULATOR_CORES)
+            beside = f" and {nodes} simulator nodes" if nodes else ""
             episodes = wide.decisions_per_iteration / wide.chunks_per_episode
             rows.append({
-                "policy": name, "learns": "heads" if heads else "whole expert", "on": f"{number} x {machine.name}",
+                "policy": name, "learns": "heads" if heads else "whole expert",
+                "on": f"{number} x {machine.name}{beside}",
                 "episodes an iteration": int(episodes), "s": f"{seconds.all:.3g}",
                 "episodes/s": f"{episodes / seconds.all:.3g}",
                 "physics": f"{seconds.physics / seconds.all:.0%}", "acting": f"{seconds.policy / seconds.all:.0%}",

@@ -7,6 +7,7 @@ over all ranks together: more ranks make a run faster, not another one.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from reinflow.launch import launched
 
 BUCKET = 8 * 2**20  # numbers that travel together: a small tensor costs as much as its message
 TIMEOUT_S = 1_800.0  # a rank may evaluate, save or compile for long; one that dies is noticed at once
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, to find the other ranks
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to read numbers as, by their size
 
 
@@ -48,10 +50,19 @@ def _counted() -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within it the ranks of a launch know each other; nothing in a process of its own."""
+    """Within it the ranks of a launch know each other; nothing in a process of its own.
+
+    Raises:
+        UserError: no launcher has said who and where the others are.
+    """
     if not launched():
         yield
         return
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but {missing[0]} is "
+            "not set: start with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     yield

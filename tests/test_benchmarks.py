@@ -224,7 +224,7 @@ def test_scale(tmp_path):
     """Every row adds up, and the heads alone are always faster."""
     run("scale.py", "--quick", "--csv", str(tmp_path / "scale.csv"))
     rows = list(csv.DictReader((tmp_path / "scale.csv").open()))
-    assert len(rows) == 18
+    assert len(rows) == 24
     for row in rows:
         shares = [float(row[name].rstrip("%")) for name in ("physics", "acting", "update", "sums")]
         assert abs(sum(shares) - 100) <= 2 and float(row["s"]) > 0

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from reinflow import ConfigError
+from reinflow import ConfigError, UserError
 from reinflow.checkpoint import load_training_state
 from reinflow.evaluate import evaluate_seeds
 from reinflow.metrics import read_metrics
+from reinflow.ranks import in_ranks
 from reinflow.rollout import noise_free_actor
 from reinflow_so101.opening import make_policy
 from reinflow_so101.worlds import make_world
@@ -240,6 +241,13 @@ def of_ranks(monkeypatch, number: int, other=lambda value: value) -> None:
 
     monkeypatch.setattr(distributed, "size", lambda: number)
     monkeypatch.setattr(distributed, "gather", lambda value: [value] + [other(value)] * (number - 1))
+
+
+def test_a_world_size_without_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 .* but RANK is not set: start with torchrun"):
+        in_ranks(lambda: None)
 
 
 def test_environments_that_cannot_be_shared_are_refused(monkeypatch):
